@@ -1,0 +1,69 @@
+"""A whole setting, in order, to its table and figures: prepare -> pretrain -> unlearn -> distill, undo -> relearn.
+
+    uv run run_all.py demo [stage.key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
+
+The stages are one graph of jobs: a run starts as soon as its own parents are done. Overrides carry the name of their
+stage (undo.noise.beta=0.5); seed and sweep.seed go to every stage that has a seed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import run_distill
+import run_figures
+import run_pretrain
+import run_relearn
+import run_undo
+import run_unlearn
+from undo import cli
+from undo.config import ConfigError, parse_overrides
+from undo.experiment import PlannedRun, find_config, plan, select
+from undo.figures import FIGURES
+from undo.prepare_data import prepare
+from undo.stage import Stage
+
+STAGES = {
+    module.STAGE.name: module.STAGE
+    for module in (prepare, run_pretrain, run_unlearn, run_distill, run_undo, run_relearn)
+}
+
+
+def route(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Overrides by stage."""
+    routed: dict[str, dict[str, Any]] = {name: {} for name in STAGES}
+    for key, value in overrides.items():
+        stage, _, rest = key.partition(".")
+        if stage in STAGES and rest:
+            routed[stage][rest] = value
+        elif key in ("seed", "sweep.seed"):
+            for name, known in STAGES.items():
+                if "seed" in known.schema.model_fields:
+                    routed[name][key] = value
+        else:
+            raise ConfigError(f"{key!r}: say which stage it is for, as in pretrain.{key}; stages: {', '.join(STAGES)}")
+    return routed
+
+
+def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
+    """The runs of all stages that the setting has a YAML for, parents before children."""
+    routed = route(parse_overrides(args.overrides))
+    folder = find_config(args.config, "pretrain").parent if not Path(args.config).is_dir() else Path(args.config)
+    present: list[Stage] = [stage for stage in STAGES.values() if (folder / f"{stage.name}.yaml").exists()]
+    if not present:
+        raise ConfigError(f"{folder} holds no stage's YAML; it needs files such as pretrain.yaml")
+    runs = [run for stage in present for run in plan(stage, folder / f"{stage.name}.yaml", routed[stage.name], args.runs)]
+    return select(runs, args.only, with_parents=True), folder
+
+
+def main() -> int:
+    args = cli.parser("All stages of configs/<setting>/, to the table and the figures.").parse_intermixed_args()
+    status = cli.launch(args, planned)
+    if status != 130 and not args.dry_run:
+        run_figures.report(planned(args)[0][0].directory.setting, list(FIGURES), args.runs)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded(main))

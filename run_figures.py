@@ -1,0 +1,51 @@
+"""The results table and the paper's figures from finished runs.
+
+    uv run run_figures.py demo [fig3 fig4 fig5] [--runs DIR]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from undo.cli import guarded
+from undo.config import ConfigError
+from undo.figures import FIGURES, draw
+from undo.results import COLUMNS, Results, as_text, write_csv
+
+
+def report(setting: str, names: list[str], runs: Path) -> None:
+    """Print the table, write summary.csv and the figures."""
+    results = Results.read(runs, setting)
+    if not results.runs:
+        raise ConfigError(f"{runs / setting} holds no finished run; make some with: uv run run_all.py {setting}")
+    rows = results.table()
+    table = Table(box=None, pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for cells in as_text(rows):
+        table.add_row(*cells)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    write_csv(rows, runs / setting / "summary.csv")
+    for line in [f"table: {runs / setting / 'summary.csv'}", *draw(names, results, runs / setting / "figures")]:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("setting", help="for example demo")
+    arguments.add_argument("figures", nargs="*", metavar="figure", help=f"of {', '.join(FIGURES)} (default: all)")
+    arguments.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs/)")
+    args = arguments.parse_intermixed_args()
+    unknown = [name for name in args.figures if name not in (*FIGURES, "all")]
+    if unknown:
+        raise ConfigError(f"there is no figure {unknown[0]!r}; there are: {', '.join(FIGURES)}")
+    report(args.setting, list(FIGURES) if not args.figures or "all" in args.figures else args.figures, args.runs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

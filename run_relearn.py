@@ -1,0 +1,44 @@
+"""Relearning attacks: finetune a model on the forget role, over learning rates. Section 2 and Appendix A, Table 4.
+
+    uv run run_relearn.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
+
+One run is one adversary. The worst case over the adversaries of a model is taken in undo/results.py.
+"""
+
+from collections.abc import Mapping
+
+from undo import cli
+from undo.config import Mixture, RunName
+from undo.run import Diverged, Run
+from undo.stage import Stage, TrainingStage, fit, keep, load_parent
+
+
+class Relearn(TrainingStage):
+    """One adversary: a model, a mixture, a learning rate."""
+
+    model: RunName
+    mixture: Mixture
+    save_model: bool = False
+
+    def streams(self) -> Mapping[str, Mixture]:
+        return {"train": self.mixture}
+
+
+def relearn(cfg: Relearn, run: Run) -> None:
+    from undo.losses import cross_entropy
+
+    model = load_parent(run, cfg.model)
+    try:
+        facts = fit(cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])})
+    except Diverged as diverged:  # an attack that breaks the model has not elicited anything: a result
+        run.finish(outcome="diverged", steps=diverged.step)
+        return
+    if cfg.save_model:
+        keep(model, cfg, run)
+    run.finish(outcome="finished", **facts)
+
+
+STAGE = Stage("relearn", Relearn, relearn, (__file__,))
+
+if __name__ == "__main__":
+    cli.main(STAGE)

@@ -1,0 +1,45 @@
+"""Unlearn: suppress the forget role in a reference model. Section 4, Appendix B.1, Table 5; methods in undo/methods.
+
+    uv run run_unlearn.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
+"""
+
+from collections.abc import Mapping
+
+from undo import cli
+from undo.config import Mixture, RunName
+from undo.methods import UnlearningMethod
+from undo.prepare_models import ReducedGemma2
+from undo.run import Run
+from undo.stage import Stage, TrainingStage, fit, generator, keep, load_parent
+
+
+class Unlearn(TrainingStage):
+    """One method with its hyper-parameters, from one reference model."""
+
+    reference: RunName
+    method: UnlearningMethod
+
+    def streams(self) -> Mapping[str, Mixture]:
+        return {"retain": {"retain": 1.0}, "forget": {"forget": 1.0}}
+
+    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+        return self.method.flops_per_token(model, length)
+
+
+def unlearn(cfg: Unlearn, run: Run) -> None:
+    from undo.models import freeze
+
+    model = load_parent(run, cfg.reference)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(cfg.method.trains(name))
+    reference = freeze(load_parent(run, cfg.reference)) if cfg.method.needs_reference else None
+    rng = generator(cfg.seed_for("objective"))
+    facts = fit(cfg, run, model, cfg.method.objective(model, reference, rng), rng=rng)
+    keep(model, cfg, run)
+    run.finish(**facts)
+
+
+STAGE = Stage("unlearn", Unlearn, unlearn, (__file__,))
+
+if __name__ == "__main__":
+    cli.main(STAGE)

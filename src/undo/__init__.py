@@ -1,0 +1,1 @@
+"""Distillation Robustifies Unlearning: unlearn, noise, distill, attack. Importing this costs nothing: no torch here."""

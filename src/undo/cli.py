@@ -1,0 +1,131 @@
+"""The one command line of all stage scripts, and the worker on its other side."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from undo.config import ConfigError, parse_overrides, validate
+from undo.display import LiveTable, si
+from undo.experiment import Costs, PlannedRun, check, find_config, jobs, plan, select
+from undo.launch import run_jobs
+from undo.run import INTERRUPTED, Interrupted, Run
+from undo.stage import Stage
+
+EXAMPLE = "example: %(prog)s demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"
+
+
+def main(stage: Stage) -> None:
+    """Of a stage script: plan, check and launch its runs; with --work, execute them."""
+    if sys.argv[1:2] == ["--work"]:
+        sys.exit(work(stage, [Path(folder) for folder in sys.argv[2:]]))
+    arguments = parser(f"The {stage.name} stage: one run for each point of configs/<setting>/{stage.name}.yaml.")
+
+    def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
+        source = find_config(args.config, stage.name)
+        runs = plan(stage, source, parse_overrides(args.overrides), args.runs)
+        return select(runs, args.only), source.parent
+
+    sys.exit(guarded(lambda: launch(arguments.parse_intermixed_args(), planned)))
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(description=description, epilog=EXAMPLE)
+    arguments.add_argument("config", help="a setting (demo: configs/demo/<stage>.yaml), or a path to a YAML file")
+    arguments.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the YAML, dotted; they beat its sweep")
+    arguments.add_argument("--only", metavar="GLOB", help="runs whose name matches")
+    arguments.add_argument("--dry-run", action="store_true", help="list the runs, their parents and their FLOPs")
+    arguments.add_argument("--force", action="store_true", help="delete the selected runs and make them afresh")
+    arguments.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs/)")
+    return arguments
+
+
+def launch(
+    args: argparse.Namespace, planned: Callable[[argparse.Namespace], tuple[list[PlannedRun], Path]]
+) -> int:
+    """Plan, check, run, report -> the exit status."""
+    runs, configs = planned(args)
+    if args.dry_run:
+        show(runs, Costs(runs, configs))
+        return 0
+    check(runs, args.force)
+    with LiveTable(runs) as display:
+        try:
+            failed = run_jobs(jobs(runs), display)
+        except KeyboardInterrupt:
+            display.interrupted()
+            return 130
+    return 1 if failed else 0
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Exit status 2 and the message alone for a mistake of the user's."""
+    try:
+        return action()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def show(runs: Sequence[PlannedRun], costs: Costs) -> None:
+    """The --dry-run table."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("run", "parents", "state"):
+        table.add_column(column, overflow="fold")
+    table.add_column("FLOPs", justify="right")
+    total = 0.0
+    for run in runs:
+        flops = costs.of(run)
+        total += flops or 0
+        state = "done" if run.directory.done else "to do"
+        table.add_row(run.name, ", ".join(run.config.parents()), state, "" if flops is None else si(flops))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    console.print(f"{len(runs)} runs, {si(total)}FLOP of training at most", highlight=False)
+
+
+# --- the worker: what a launched process does ----------------------------------------------------------------------
+
+
+def work(stage: Stage, folders: Sequence[Path]) -> int:
+    """Execute runs one after the other. A run that fails is recorded as failed and the next one is taken."""
+    Run.stop_on_signals()
+    status = 0
+    for folder in folders:
+        run = Run.at(folder)
+        with run.lock(wait=True):
+            if run.done:
+                continue
+            _write_to(run.log)
+            try:
+                config = validate(stage.schema, run.config, str(folder / "config.yaml"))
+                run.open(config)
+                stage.execute(config, run)
+            except Interrupted:
+                print("interrupted; the same command goes on from here")
+                return INTERRUPTED
+            except Exception as error:
+                traceback.print_exc()
+                run.fail(f"{type(error).__name__}: {error}".splitlines()[0] if not isinstance(error, ConfigError) else str(error))
+                status = 1
+        if run.stop_requested:
+            return INTERRUPTED
+    return status
+
+
+def _write_to(log: Path) -> None:
+    """Send this process's output, and that of its libraries, to the log of the run in hand."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)

@@ -1,0 +1,279 @@
+"""Configs: frozen typed blocks, and the way from one YAML file (with its sweep) and key=value overrides to runs.
+
+One YAML is one experiment. Its special keys are `variants` (named sets of overrides), `sweep` (dotted key -> values,
+crossed) and `name` (a template such as "{variant}-lr_{training.learning_rate:g}-seed_{seed}"). Precedence, low to
+high: the YAML's own keys, the variant, the sweep, the command line. Nothing here imports torch.
+"""
+
+import difflib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Role = Literal["retain", "forget", "auxiliary"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0)]
+Raw = dict[str, Any]  # a config before validation: plain YAML values
+
+
+class ConfigError(Exception):
+    """A mistake of the user's: what is wrong and how to mend it, in at most three lines and without a traceback."""
+
+
+class Frozen(BaseModel):
+    """Base of every config block: immutable, strict about types, and without room for unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+def _is_run_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z]+/[A-Za-z0-9][\w.+-]*", name):
+        raise ValueError("a run is named <stage>/<name>, for example pretrain/reference-seed_0")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_is_run_name)]  # a field of this type makes the run it names a parent
+
+
+def _sums_to_one(shares: dict[Role, float]) -> dict[Role, float]:
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise ValueError(f"the shares must add up to 1, not {sum(shares.values()):g}")
+    return shares
+
+
+Mixture = Annotated[dict[Role, Share], AfterValidator(_sums_to_one)]  # shares of rows by role
+
+
+class Training(Frozen):
+    """One training loop's settings. A step is one optimiser update on the *global* batch."""
+
+    steps: Count
+    batch_rows: Count  # rows of the global batch: all micro-batches on all devices together
+    learning_rate: Positive
+    min_learning_rate: NonNegative | None = None  # the cosine ends here; None: constant rate
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    clip_norm: Positive | None = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; the weights stay fp32
+    evaluate_every: Count
+    evaluate_at: tuple[int, ...] = ()  # further steps
+
+    @model_validator(mode="after")
+    def _rates_in_order(self) -> Self:
+        if self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate {self.min_learning_rate:g} is above the learning rate")
+        return self
+
+    def evaluates(self, step: int) -> bool:
+        return step % self.evaluate_every == 0 or step in self.evaluate_at or step == self.steps
+
+
+class Execution(Frozen):
+    """How a run is executed. These keys change speed, not results, and are no part of a run's identity."""
+
+    micro_rows: Count | None = None  # rows in one forward and backward; None: the whole batch
+    checkpoint_every: Count = 100  # steps
+    runs_per_gpu: Count = 1
+    runs_per_process: Count = 1  # runs with the same parents that share a process, one after the other: saves start-up
+    threads: Count = 1  # of one run on CPU; cores / threads runs go side by side
+    tracking: Literal["off", "offline", "online"] = "off"  # Weights & Biases
+
+
+class StageConfig(Frozen):
+    """What every run has, whatever its stage."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
+    variant: str = ""  # the row of the results table that the run belongs to
+    execution: Execution = Execution()
+
+    def parents(self) -> tuple[str, ...]:
+        """The names of the runs whose results this one reads: all fields of type RunName, in order."""
+        names = [
+            getattr(self, key) for key, field in type(self).model_fields.items() if _is_run_name in _validators(field)
+        ]
+        return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+Config = TypeVar("Config", bound=StageConfig)
+
+
+def _validators(field: Any) -> list[Any]:
+    optional = getattr(field.annotation, "__args__", ())  # RunName | None keeps its metadata one level down
+    metadata = [*field.metadata, *(m for arg in optional for m in getattr(arg, "__metadata__", ()))]
+    return [m.func for m in metadata if isinstance(m, AfterValidator)]
+
+
+# --- from YAML to runs ---------------------------------------------------------------------------------------------
+
+
+def read_yaml(path: Path) -> Raw:
+    """The file as plain values. Raises ConfigError if it is missing, unreadable, empty or no mapping."""
+    try:
+        content = OmegaConf.load(path)
+        values = OmegaConf.to_container(content, resolve=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not a text file in UTF-8") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}:{where} not valid YAML: {_first_line(getattr(error, 'problem', None) or error)}") from None
+    if not isinstance(values, dict) or not values:
+        raise ConfigError(f"{path}: is empty or no mapping; it needs keys such as those in configs/demo/")
+    return {str(key): value for key, value in values.items()}
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """["training.steps=5", ...] -> {"training.steps": 5, ...}, values read as YAML."""
+    parsed = {}
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][\w.\-]*", key):
+            raise ConfigError(f"{text!r} is not key=value; example: training.steps=50")
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text[len(key) + 1 :]}"]), resolve=True)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{text!r}: the value is not valid YAML: {_first_line(error)}") from None
+        assert isinstance(value, dict)
+        parsed[key] = value["value"]
+    return parsed
+
+
+def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
+    """All runs of an experiment as plain values: variants x sweep, with the overrides on top and names filled in."""
+    raw, pinned = dict(raw), {}
+    for key, value in overrides.items():
+        if key.split(".")[0] in ("variants", "sweep"):
+            block, _, rest = key.partition(".")
+            raw[block] = {**(raw.get(block) or {}), rest: value} if rest else value
+        else:
+            pinned[key] = value
+    variants, sweep = raw.pop("variants", None), raw.pop("sweep", None) or {}
+    if not isinstance(variants, dict | None) or not isinstance(sweep, dict):
+        raise ConfigError(f"{source}: `variants` and `sweep` must be mappings")
+    sweep = {key: values for key, values in sweep.items() if key not in pinned}
+    for key, values in sweep.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{source}: sweep.{key} must be a list with at least one value, got {values!r}")
+    runs: dict[str, Raw] = {}
+    for variant, changes in (variants or {raw.get("variant", ""): {}}).items():
+        for point in itertools.product(*sweep.values()):
+            run = _merge(raw, {"variant": variant, **(changes or {})})
+            for key, value in [*zip(sweep, point, strict=True), *pinned.items()]:
+                run = _merge(run, _nest(key, value))
+            run = _fill_in(run, _namespace(run), source)
+            name = str(run.get("name"))
+            if name in runs:
+                raise ConfigError(f"{source}: two runs are named {name!r}; put every swept key into `name`")
+            runs[name] = run
+    return list(runs.values())
+
+
+def validate(schema: type[Config], raw: Raw, source: str) -> Config:
+    """Raises ConfigError that names the key, the value and the fix."""
+    try:
+        return schema.model_validate_json(json.dumps(raw))  # JSON mode: strict, yet a list may fill a tuple
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error, schema)}") from None
+
+
+def as_raw(config: Frozen) -> Raw:
+    """Plain values, as they stand in a run's config.yaml."""
+    return config.model_dump(mode="json")
+
+
+def differences(old: Raw, new: Raw, prefix: str = "") -> list[str]:
+    """One "key: old -> new" for each leaf that differs."""
+    lines = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def _merge(base: Raw, changes: Raw) -> Raw:
+    """Deep merge. A block that changes its `name` starts afresh: MaxEnt's values must not leak into RMU."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("name", old.get("name")) == old.get("name"):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _nest(dotted: str, value: Any) -> Raw:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def _namespace(values: Any) -> Any:
+    if isinstance(values, dict):
+        return SimpleNamespace(**{str(key): _namespace(value) for key, value in values.items()})
+    return values
+
+
+def _fill_in(values: Any, names: SimpleNamespace, source: str) -> Any:
+    """Replace {seed}, {training.learning_rate:g} and the like in every string."""
+    if isinstance(values, dict):
+        return {key: _fill_in(value, names, source) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_fill_in(value, names, source) for value in values]
+    if isinstance(values, str) and "{" in values:
+        try:
+            return values.format(**vars(names))
+        except (KeyError, AttributeError, ValueError, IndexError) as error:
+            raise ConfigError(f"{source}: cannot fill in {values!r}: no such key or format: {error}") from None
+    return values
+
+
+def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
+    """The first mistake in words; how many more there are."""
+    first, *others = error.errors(include_url=False)
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(part for part in path if not part.startswith("function-"))
+    if first["type"] == "extra_forbidden":
+        known = [*_keys(schema), "sweep", "variants"]
+        leaf_like = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
+            path[-1], [k.split(".")[-1] for k in known], n=1
+        )
+        text = f"unknown key {key!r}" + (f"; did you mean {leaf_like[0]!r}?" if leaf_like else "")
+    elif first["type"] == "missing":
+        text = f"key {key!r} is missing"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        text = f"{key}: {message[0].lower()}{message[1:]}" + (
+            "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        )
+    return text + (f" (and {len(others)} more)" if others else "")
+
+
+def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in schema.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

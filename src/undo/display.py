@@ -1,0 +1,136 @@
+"""What the launcher shows: a live table on a terminal, one line a change elsewhere, and the list of failures at the end."""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from undo.experiment import PlannedRun
+from undo.run import RunDirectory
+from undo.stage import TrainingStage
+
+TAIL_BYTES = 8192  # enough of metrics.jsonl to hold the last step and the last evaluation
+
+
+class LiveTable:
+    """Implements launch.Display."""
+
+    def __init__(self, planned: Sequence[PlannedRun]) -> None:
+        self._begin = time.monotonic()
+        self._planned = {p.name: p for p in planned}
+        self._state = {p.name: "skipped" if p.directory.done else "waiting" for p in planned}
+        self._detail: dict[str, str] = {}
+        self._started: dict[str, tuple[float, int]] = {}  # when this launcher saw it start, and at which step
+        self._seconds: dict[str, float] = {}
+        self._console = Console()
+        self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        skipped = sum(state == "skipped" for state in self._state.values())
+        if skipped:
+            self._console.print(f"{skipped} of {len(self._state)} runs were done before")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live.is_started:
+            self._live.stop()
+        counts = Counter(self._state.values())
+        summary = ", ".join(f"{counts[s]} {s}" for s in ("done", "skipped", "failed", "waiting") if counts[s])
+        self._console.print(f"{summary} in {duration(time.monotonic() - self._begin)}")
+        for name, state in self._state.items():
+            if state == "failed":
+                self._console.print(f"[red]failed[/] {name}: ", end="", highlight=False)
+                self._console.print(self._detail[name], markup=False, highlight=False, soft_wrap=True)
+                if not self._detail[name].startswith("not run"):
+                    self._console.print(f"       log: {self._planned[name].directory.log}", soft_wrap=True, highlight=False)
+
+    def changed(self, run: RunDirectory, state: str, detail: str = "") -> None:
+        self._state[run.name], self._detail[run.name] = state, detail
+        if state == "running":
+            self._started[run.name] = time.monotonic(), _last(run).get("step", 0)
+        elif run.name in self._started:
+            self._seconds[run.name] = time.monotonic() - self._started[run.name][0]
+        if not self._live.is_started:
+            took = f" in {duration(self._seconds[run.name])}" if run.name in self._seconds else ""
+            where = f" on {detail}" if state == "running" else f": {detail}" if detail else ""
+            self._console.print(f"{state:8}{run.name}{took}{where}", highlight=False, markup=False, soft_wrap=True)
+
+    def interrupted(self) -> None:
+        for name, state in self._state.items():
+            if state == "running":
+                self._state[name] = "waiting"
+        self._console.print("interrupted: every process has ended; the same command continues")
+
+    def _table(self) -> Table:
+        """Running runs, then what just ended, then what comes next, as far as the terminal's height allows."""
+        table = Table(box=None, pad_edge=False)
+        for column, justify in (("run", "left"), ("state", "left"), ("step", "right"), ("loss", "right"), ("retain", "right"), ("forget", "right"), ("left", "right")):  # fmt: skip
+            table.add_column(column, justify=justify, no_wrap=True)  # pyright: ignore[reportArgumentType]
+        room = max(8, self._console.height - 4)
+        by_state = {s: [n for n, state in self._state.items() if state == s] for s in ("running", "failed", "done", "waiting")}
+        shown = by_state["running"] + by_state["failed"] + by_state["done"][-room // 2 :]
+        for name in (shown + by_state["waiting"])[:room]:
+            table.add_row(name, self._state[name], *self._progress(name))
+        counts = Counter(self._state.values())
+        table.caption = f"{counts['done'] + counts['skipped']} of {len(self._state)} done, {duration(time.monotonic() - self._begin)}"
+        return table
+
+    def _progress(self, name: str) -> tuple[str, ...]:
+        if self._state[name] not in ("running", "done"):
+            return ("",) * 5
+        config, last = self._planned[name].config, _last(self._planned[name].directory)
+        if not isinstance(config, TrainingStage) or not last:
+            return ("",) * 5
+        step, steps = last["step"], config.training.steps
+        left = ""
+        if self._state[name] == "running":
+            began, first = self._started[name]
+            if step > first:
+                left = duration((time.monotonic() - began) / (step - first) * (steps - step))
+        else:
+            left = "took " + duration(self._seconds.get(name, 0))
+        numbers = (f"{last[key]:.3f}" if key in last else "" for key in ("loss", "retain", "forget"))
+        return (f"{step}/{steps}", *numbers, left)
+
+
+def _last(run: RunDirectory) -> dict[str, Any]:
+    """The latest value of every key in the last lines of the run's metrics."""
+    try:
+        with open(run.folder / "metrics.jsonl", "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return {}
+    merged: dict[str, Any] = {}
+    for line in lines[:-1]:
+        try:
+            merged |= json.loads(line)
+        except ValueError:  # the first line of the tail is rarely whole
+            continue
+    return merged
+
+
+def duration(seconds: float) -> str:
+    """90 -> 1:30."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def si(value: float) -> str:
+    """1.2e13 -> '12.0 T'."""
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if value >= 10**power:
+            return f"{value / 10**power:.1f} {prefix}"
+    return f"{value:.0f} "
+

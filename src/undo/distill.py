@@ -1,0 +1,46 @@
+"""Distillation with forward KL: Unlearn-and-Distill, oracle matching and UNDO differ in the teacher and the student only."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from undo.config import Mixture, NonNegative, RunName
+from undo.prepare_models import ReducedGemma2
+from undo.run import Run
+from undo.stage import TrainingStage, fit, keep, load_parent
+
+if TYPE_CHECKING:
+    from transformers import Gemma2ForCausalLM
+
+
+class DistillingStage(TrainingStage):
+    """Config of a stage that trains a student on a teacher's outputs."""
+
+    teacher: RunName
+    mixture: Mixture  # unlabelled training data: the student sees the teacher's outputs on all of it
+    retain_threshold: NonNegative | None = None  # stop within this share of the teacher's retain performance (paper: 0.05)
+
+    def streams(self) -> Mapping[str, Mixture]:
+        return {"train": self.mixture}
+
+    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+        return 4 * model.forward_flops(length)  # forward and backward of the student, forward of the teacher
+
+
+def distill(cfg: DistillingStage, run: Run, student: "Gemma2ForCausalLM") -> None:
+    """Train `student` towards the teacher's outputs until the threshold or the last step; save it and finish the run."""
+    from undo.losses import forward_kl
+    from undo.models import freeze
+
+    teacher = freeze(load_parent(run, cfg.teacher))
+    target: Mapping[str, float] = run.sibling(cfg.teacher).facts["evaluation"]
+
+    def close_enough(evaluation: Mapping[str, float]) -> bool:
+        return cfg.retain_threshold is not None and cfg.evaluation.reaches(
+            evaluation["retain"], target["retain"], cfg.retain_threshold
+        )
+
+    facts: dict[str, Any] = fit(
+        cfg, run, student, lambda batch: {"kl": forward_kl(student, teacher, batch["train"])}, stop=close_enough
+    )
+    keep(student, cfg, run)
+    run.finish(**facts, reached_threshold=close_enough(facts["evaluation"]))

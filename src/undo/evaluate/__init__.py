@@ -1,0 +1,13 @@
+"""Evaluations: a config block that is loaded once for a run, and then called with the model -> named numbers.
+
+Every evaluation reports `retain` and `forget`, and says whether larger is better; all else in the project goes by that.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from undo.evaluate.accuracy import Accuracy
+from undo.evaluate.cross_entropy import TokenCrossEntropy
+
+Evaluation = Annotated[Accuracy | TokenCrossEntropy, Field(discriminator="name")]

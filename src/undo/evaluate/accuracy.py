@@ -1,0 +1,103 @@
+"""Exact-match accuracy by one teacher-forced pass over packed problems.
+
+Greedy decoding produces the answer exactly if, given the right answer so far, each of its tokens is the arg-max. So
+one forward pass over prompt + answer + <eos> settles what decoding token by token would (a test holds them equal).
+The softcap is monotone and is left out.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+
+from undo.config import ConfigError
+from undo.evaluate.evaluator import EvaluationConfig, Evaluator
+from undo.prepare_data.arithmetic import Problem
+from undo.run import RunDirectory
+from undo.tokens import IGNORE, Tokens, best_fit, collate
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Gemma2ForCausalLM, PreTrainedTokenizerBase
+
+LOGITS = 1 << 24  # at once
+
+
+class Accuracy(EvaluationConfig):
+    """Share of validation problems whose greedy answer is exactly right."""
+
+    name: Literal["accuracy"] = "accuracy"
+    higher_is_better: ClassVar[bool] = True
+    unit: ClassVar[str] = "accuracy"
+
+    def load(self, data: RunDirectory, device: "torch.device") -> Evaluator:
+        from transformers import AutoTokenizer
+
+        lines = (data.folder / "problems.jsonl").read_text().splitlines()
+        problems = [Problem(**json.loads(line)) for line in lines]
+        tokenizer = AutoTokenizer.from_pretrained(data.folder / "tokenizer")
+        batches = [(tokens.to(device), owner) for tokens, owner in pack_answers(problems, tokenizer, self.rows)]
+
+        def measure(model: "Gemma2ForCausalLM") -> dict[str, float]:
+            wrong = np.zeros(len(problems), dtype=np.int64)
+            for tokens, owner in batches:
+                np.add.at(wrong, owner, ~arg_max_hits(model, tokens))
+            return summarise(problems, wrong == 0)
+
+        return Evaluator(measure, sum(tokens.input_ids.numel() for tokens, _ in batches))
+
+
+def summarise(problems: list[Problem], hits: np.ndarray) -> dict[str, float]:
+    """Accuracy by role, by role and form, and on operand pairs that training never saw. hits: bool [problems]."""
+    groups: dict[str, list[bool]] = {"retain": [], "forget": []}
+    for problem, hit in zip(problems, hits.tolist(), strict=True):
+        kinds = ("", f"/{problem.form}") if problem.seen else ("/unseen",)
+        for kind in kinds:
+            groups.setdefault(problem.role + kind, []).append(hit)
+    return {name: sum(group) / len(group) for name, group in groups.items() if group}
+
+
+def encode(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> tuple[np.ndarray, int]:
+    """Tokens of <bos> prompt answer <eos>, and how many of them are the prompt's.
+
+    Raises ConfigError if the tokenizer joins the end of the prompt with the answer: then there is no such number.
+    """
+    prompt, text = tokenizer([problem.prompt, problem.text], add_special_tokens=False)["input_ids"]
+    if text[: len(prompt)] != prompt:
+        raise ConfigError(f"the tokenizer joins prompt and answer of {problem.text!r}; accuracy cannot be measured with it")
+    return np.array([tokenizer.bos_token_id, *text, tokenizer.eos_token_id]), 1 + len(prompt)
+
+
+def pack_answers(
+    problems: list[Problem], tokenizer: "PreTrainedTokenizerBase", rows: int
+) -> Iterable[tuple[Tokens, np.ndarray]]:
+    """Batches of packed problems in which only answer tokens have labels, and for each label its problem's index."""
+    encoded = [encode(problem, tokenizer) for problem in problems]
+    lengths = np.array([len(ids) for ids, _ in encoded])
+    bins = best_fit(lengths, int(lengths.max()))
+    for start in range(0, len(bins), rows):
+        part = bins[start : start + rows]
+        tokens, owner = collate([encoded[i][0] for i in row] for row in part), []
+        for labels, row in zip(tokens.labels, part, strict=True):
+            begin = 0
+            for i in row:
+                labels[begin : begin + encoded[i][1] - 1] = IGNORE  # the last of these predicts a token of the prompt
+                owner += [i] * (len(encoded[i][0]) - encoded[i][1])
+                begin += len(encoded[i][0])
+        yield tokens, np.array(owner)
+
+
+def arg_max_hits(model: "Gemma2ForCausalLM", tokens: Tokens) -> np.ndarray:
+    """For each label, in order: is it the most likely token? bool [labels]."""
+    from undo.models import hidden_states
+
+    mask = tokens.labels != IGNORE
+    hidden, labels, weight = hidden_states(model, tokens)[mask], tokens.labels[mask], model.lm_head.weight
+    rows = max(1, LOGITS // weight.shape[0])
+    return np.concatenate(
+        [
+            ((h @ weight.T).argmax(-1) == y).cpu().numpy()
+            for h, y in zip(hidden.split(rows), labels.split(rows), strict=True)
+        ]
+    )

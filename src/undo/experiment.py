@@ -1,0 +1,180 @@
+"""From configs to jobs: which runs an experiment has, whether their parents exist, what they cost, how they are grouped."""
+
+import fnmatch
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Final
+
+from undo.config import ConfigError, Raw, StageConfig, expand, read_yaml, validate
+from undo.launch import DeviceShare, Job, check_devices
+from undo.prepare_models import ReducedGemma2
+from undo.run import RunDirectory
+from undo.stage import Stage, TrainingStage
+
+STAGES: Final = ("prepare", "pretrain", "unlearn", "distill", "undo", "relearn")  # in the order of the pipeline
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that a config asks for."""
+
+    stage: Stage
+    config: StageConfig
+    directory: RunDirectory
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+
+def find_config(argument: str, stage: str) -> Path:
+    """`demo` -> configs/demo/<stage>.yaml, here or in the checkout; a path to a YAML file stays as it is."""
+    path = Path(argument)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    folders = [Path("configs"), Path(__file__).parents[2] / "configs"]
+    candidates = [folder / argument / f"{stage}.yaml" for folder in folders]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    settings = sorted({p.name for folder in folders for p in folder.glob("*") if (p / f"{stage}.yaml").exists()})
+    raise ConfigError(
+        f"there is no {candidates[0]}; settings with a {stage} stage: {', '.join(settings) or 'none'} (or give a path to a .yaml)"
+    )
+
+
+def plan(stage: Stage, source: Path, overrides: Mapping[str, Any], runs: Path) -> list[PlannedRun]:
+    """All runs of one experiment. Its setting is the name of the folder that the YAML lies in."""
+    setting = source.resolve().parent.name
+    planned = []
+    for raw in expand(read_yaml(source), overrides, str(source)):
+        config = validate(stage.schema, raw, str(source))
+        planned.append(PlannedRun(stage, config, RunDirectory(runs, setting, f"{stage.name}/{config.name}")))
+    return planned
+
+
+def select(planned: Sequence[PlannedRun], pattern: str | None, with_parents: bool = False) -> list[PlannedRun]:
+    """The runs whose name (with or without the stage) matches the glob; `with_parents`: and all they stand on."""
+    if pattern is None:
+        return list(planned)
+    chosen = {p.name for p in planned if any(fnmatch.fnmatch(n, pattern) for n in (p.name, p.config.name))}
+    if not chosen:
+        raise ConfigError(f"--only {pattern!r} matches none of: {', '.join(p.config.name for p in planned[:12])}{', ...' * (len(planned) > 12)}")
+    if with_parents:
+        for run in reversed(planned):  # stages come in order, so parents come later here
+            if run.name in chosen:
+                chosen.update(run.config.parents())
+    return [p for p in planned if p.name in chosen]
+
+
+def check(planned: Sequence[PlannedRun], force: bool) -> None:
+    """Everything that can be known to be wrong before a process is started. Raises ConfigError."""
+    names = {p.name for p in planned}
+    for run in planned:
+        execution = run.config.execution
+        check_devices(DeviceShare(execution.runs_per_gpu, execution.threads))
+        for parent in run.config.parents():
+            if parent not in names and not run.directory.sibling(parent).done:
+                raise ConfigError(
+                    f"{run.name} needs {parent}, which is not done in {run.directory.runs / run.directory.setting}\n"
+                    f"make it with: {command_for(parent, run.directory.setting)}"
+                )
+    for run in planned:
+        if force:
+            with run.directory.lock(wait=False) if run.directory.folder.exists() else _nothing() as free:
+                if not free:
+                    raise ConfigError(f"{run.name} is being run by another launcher; --force would destroy its work")
+                run.directory.remove()
+        run.directory.claim(run.config)
+        if run.directory.done and (parent := run.directory.is_stale(run.config)):
+            raise ConfigError(
+                f"{run.name} was made from a {parent} that has since been made anew with other settings\n"
+                f"make it again with: {command_for(run.name, run.directory.setting)} --force"
+            )
+
+
+def command_for(name: str, setting: str) -> str:
+    """The command line that makes a run."""
+    stage, _, run = name.partition("/")
+    script = "python -m undo.prepare_data" if stage == "prepare" else f"run_{stage}.py"
+    return f"uv run {script} {setting} --only {run}"
+
+
+def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
+    """Runs that are not done, grouped: those of a stage that start from the same parents share a process."""
+    todo = [p for p in planned if not p.directory.done]
+    result = []
+    for _, group in groupby(todo, key=lambda p: (p.stage.name, p.config.parents(), p.config.execution)):
+        members = list(group)
+        execution = members[0].config.execution
+        for start in range(0, len(members), execution.runs_per_process):
+            part = members[start : start + execution.runs_per_process]
+            result.append(
+                Job(
+                    argv=(sys.executable, *part[0].stage.command, "--work"),
+                    runs=tuple(p.directory for p in part),
+                    waits_for=frozenset(part[0].config.parents()),
+                    share=DeviceShare(execution.runs_per_gpu, execution.threads),
+                )
+            )
+    return result
+
+
+# --- what it will cost ---------------------------------------------------------------------------------------------
+
+
+class Costs:
+    """Training FLOPs of planned runs, from the configs alone: a run's model is found by following its parents."""
+
+    def __init__(self, planned: Sequence[PlannedRun], setting_folder: Path) -> None:
+        self._planned = {p.name: p.config.model_dump() for p in planned}
+        self._folder = setting_folder
+        self._directories = planned[0].directory
+
+    @cached_property
+    def _written(self) -> dict[str, Raw]:
+        """All runs of the setting's own YAML files, unvalidated."""
+        found: dict[str, Raw] = {}
+        for stage in STAGES:
+            path = self._folder / f"{stage}.yaml"
+            if path.exists():
+                found |= {f"{stage}/{raw['name']}": raw for raw in expand(read_yaml(path), {}, str(path))}
+        return found
+
+    def _raw(self, name: str) -> Raw | None:
+        if name in self._planned:
+            return self._planned[name]
+        directory = self._directories.sibling(name)
+        return directory.config if (directory.folder / "config.yaml").exists() else self._written.get(name)
+
+    def _search(self, raw: Raw | None, key: str) -> Any:
+        """The block `key` of the nearest ancestor that has it (a mapping or a number, not the name of a run)."""
+        if raw is None:
+            return None
+        if isinstance(raw.get(key), dict | int):
+            return raw[key]
+        stages = tuple(f"{stage}/" for stage in STAGES)
+        parents = [value for value in raw.values() if isinstance(value, str) and value.startswith(stages)]
+        return next((found for p in parents if (found := self._search(self._raw(p), key)) is not None), None)
+
+    def of(self, run: PlannedRun) -> float | None:
+        """None for a stage that trains nothing, or where an ancestor is nowhere to be found."""
+        if not isinstance(run.config, TrainingStage):
+            return None
+        raw = self._planned[run.name]
+        shape, length = self._search(raw, "model"), self._search(raw, "length")
+        if shape is None or length is None:
+            return None
+        return run.config.flops_per_token(ReducedGemma2(**shape), length) * run.config.tokens(length)
+
+
+class _nothing:  # a context like RunDirectory.lock for a folder that does not exist
+    def __enter__(self) -> bool:
+        return True
+
+    def __exit__(self, *_: object) -> None:
+        return None

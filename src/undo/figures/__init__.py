@@ -1,0 +1,40 @@
+"""One function for each figure of the paper: results -> a matplotlib figure, or why there is none yet."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from undo.config import ConfigError
+from undo.figures.compute import robustness_against_compute
+from undo.figures.relearning import relearning_curves
+from undo.figures.unlearning import unlearning_tradeoff
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from undo.results import Results
+
+FIGURES: "Final[dict[str, Callable[[Results], Figure | str]]]" = {
+    "fig3": unlearning_tradeoff,
+    "fig4": relearning_curves,
+    "fig5": robustness_against_compute,
+}
+
+
+def draw(names: list[str], results: "Results", folder: Path) -> list[str]:
+    """Write the named figures as PDF and PNG -> for each the files, or what is missing."""
+    lines = []
+    for name in names:
+        figure = FIGURES[name](results)
+        if isinstance(figure, str):
+            lines.append(f"{name}: not drawn: {figure}")
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for suffix in ("pdf", "png"):
+                # no creation date: the same results give the same bytes
+                figure.savefig(folder / f"{name}.{suffix}", metadata={"CreationDate": None} if suffix == "pdf" else None)
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be written ({error.strerror})") from None
+        lines.append(f"{name}: {folder / name}.pdf, .png")
+    return lines

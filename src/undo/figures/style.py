@@ -1,0 +1,47 @@
+"""Colours and sizes of all figures: legible at column width, and without telling red from green."""
+
+from typing import Final
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only; no display is needed
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+INK: Final = "#222222"
+COLORS: Final = {  # Okabe and Ito
+    "reference": "#999999",
+    "oracle": "#000000",
+    "unlearned": "#D55E00",
+    "distilled": "#0072B2",
+    "retain": "#0072B2",
+    "forget": "#D55E00",
+}
+PANEL: Final = (2.5, 2.1)  # inches
+
+
+def panels(count: int, columns: int = 4, sharey: bool = True) -> tuple[Figure, list[Axes]]:
+    """A row (or rows) of `count` panels."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(0.6 + PANEL[0] * columns, 0.5 + PANEL[1] * rows), sharey=sharey, squeeze=False, layout="constrained"
+    )
+    flat = list(axes.flat)
+    for unused in flat[count:]:
+        unused.remove()
+    for axis in flat[:count]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25, linewidth=0.5)
+    return figure, flat[:count]
+
+
+def color_of(label: str, alpha: float | None = None) -> str:
+    """A model's own colour; UNDO's runs from light to dark with alpha."""
+    if alpha is not None:
+        red, green, blue, _ = matplotlib.colormaps["viridis"](0.85 - 0.8 * alpha)
+        return matplotlib.colors.to_hex((red, green, blue))
+    return COLORS.get(label, INK)

@@ -1,0 +1,84 @@
+"""Reduced Gemma-2: the architecture of Table 1 at any size, seeded random initialisation, and what it costs."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+from undo.config import Count, Frozen, Positive
+
+if TYPE_CHECKING:
+    from transformers import Gemma2ForCausalLM
+
+
+class ReducedGemma2(Frozen):
+    """A Gemma-2 of another size. What the paper does not say is inherited from gemma-2-2b, as the authors' code does."""
+
+    vocab_size: Count = 256_000
+    hidden_size: Count
+    intermediate_size: Count
+    layers: Count = 14
+    heads: Count = 8
+    kv_heads: Count = 4
+    head_dim: Count = 128
+    query_scale: Count = 256  # attention scores are divided by its root (query_pre_attn_scalar)
+    attention_softcap: Positive | None = 50.0
+    final_softcap: Positive | None = 30.0
+    sliding_window: Count = 4096  # in every other layer; longer rows than this are refused
+    init_std: Positive = 0.02
+
+    @classmethod
+    def from_transformers(cls, facts: Mapping[str, Any]) -> Self:
+        """Read back from a model folder's config.json, or from a transformers config's `to_dict()`."""
+        return cls(
+            vocab_size=facts["vocab_size"],
+            hidden_size=facts["hidden_size"],
+            intermediate_size=facts["intermediate_size"],
+            layers=facts["num_hidden_layers"],
+            heads=facts["num_attention_heads"],
+            kv_heads=facts["num_key_value_heads"],
+            head_dim=facts["head_dim"],
+            query_scale=facts["query_pre_attn_scalar"],
+            attention_softcap=facts["attn_logit_softcapping"],
+            final_softcap=facts["final_logit_softcapping"],
+            sliding_window=facts["sliding_window"],
+            init_std=facts["initializer_range"],
+        )
+
+    @property
+    def body_parameters(self) -> int:
+        """Everything but the embedding, which is tied to the head."""
+        attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        return self.layers * (attention + mlp + 4 * self.hidden_size) + self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        return self.body_parameters + self.vocab_size * self.hidden_size
+
+    def forward_flops(self, length: int) -> int:
+        """FLOPs of one forward pass per token in rows of `length`: 2 per weight, and causal attention."""
+        return 2 * self.parameters + 2 * self.layers * length * self.heads * self.head_dim
+
+    def build(self, seed: int) -> "Gemma2ForCausalLM":
+        """Randomly initialised from its own generator; the same on every machine and whatever was drawn before."""
+        import torch
+        from transformers import Gemma2Config, Gemma2ForCausalLM
+
+        config = Gemma2Config(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            query_pre_attn_scalar=self.query_scale,
+            attn_logit_softcapping=self.attention_softcap,
+            final_logit_softcapping=self.final_softcap,
+            sliding_window=self.sliding_window,
+            initializer_range=self.init_std,
+            max_position_embeddings=max(8192, self.sliding_window),
+            attn_implementation="eager",  # the only one with a softcap on every device
+        )
+        with torch.random.fork_rng():  # the library draws from the global generator
+            torch.manual_seed(seed)
+            return Gemma2ForCausalLM(config)

@@ -1,0 +1,167 @@
+"""Runs -> one table. The worst case over adversaries, and robustness, are defined here and nowhere else."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from undo.config import Raw
+from undo.evaluate import Accuracy, TokenCrossEntropy
+from undo.experiment import STAGES
+from undo.run import RunDirectory, write_atomically
+
+COLUMNS: Final = (
+    "model", "seed", "retain", "forget", "forget_20", "forget_70", "forget_last", "robustness", "steps", "flops",
+)  # fmt: skip
+CURVE_STEPS: Final = {"forget_20": 20, "forget_70": 70}
+Curve = dict[int, float]  # relearning step -> forget performance
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run, read once."""
+
+    directory: RunDirectory
+    config: Raw
+    facts: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @cached_property
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        return self.directory.evaluations()
+
+    def curve(self, role: str) -> Curve:
+        return {step: metrics[role] for step, metrics in self.evaluations.items()}
+
+    @property
+    def higher_is_better(self) -> bool:
+        name = self.config["evaluation"]["name"]
+        return next(kind.higher_is_better for kind in (Accuracy, TokenCrossEntropy) if kind.model_fields["name"].default == name)
+
+    @property
+    def unit(self) -> str:
+        name = self.config["evaluation"]["name"]
+        return next(kind.unit for kind in (Accuracy, TokenCrossEntropy) if kind.model_fields["name"].default == name)
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A model with all its adversaries: one row of the table."""
+
+    label: str
+    model: Result
+    adversaries: tuple[Result, ...]
+
+    @cached_property
+    def worst_case(self) -> Curve:
+        """At each step the best forget performance over all adversaries. A diverged one counts up to its last evaluation."""
+        best = max if self.model.higher_is_better else min
+        curves = [adversary.curve("forget") for adversary in self.adversaries]
+        steps = sorted(set().union(*curves))
+        return {step: best(curve[step] for curve in curves if step in curve) for step in steps}
+
+    @property
+    def last(self) -> float:
+        return self.worst_case[max(self.worst_case)]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that is done in one setting."""
+
+    runs: tuple[Result, ...]
+
+    @classmethod
+    def read(cls, runs: Path, setting: str) -> "Results":
+        found = []
+        for stage in STAGES:
+            for path in sorted((runs / setting / stage).glob("*/run.json")):
+                directory = RunDirectory.at(path.parent)
+                found.append(Result(directory, directory.config, directory.facts))
+        return cls(tuple(found))
+
+    def of(self, stage: str) -> list[Result]:
+        return [run for run in self.runs if run.name.startswith(f"{stage}/")]
+
+    def named(self, name: str) -> Result | None:
+        return next((run for run in self.runs if run.name == name), None)
+
+    @cached_property
+    def attacked(self) -> tuple[Attacked, ...]:
+        """Relearn runs grouped by model, in the order of the pipeline."""
+        groups: dict[str, list[Result]] = {}
+        for run in self.of("relearn"):
+            groups.setdefault(run.config["model"], []).append(run)
+        models = [(run, groups[run.name]) for run in self.runs if run.name in groups]
+        return tuple(Attacked(group[0].config["variant"], model, tuple(group)) for model, group in models)
+
+    def robustness(self, attacked: Attacked) -> float | None:
+        """(P - P_unlearned) / (P_oracle - P_unlearned) after the last relearning step (Figure 5).
+
+        Unlearned is the model's own teacher, or the model itself where it is an unlearned one; None where the teacher
+        or the oracle of the seed has not been attacked, or where the two are equal.
+        """
+        names = {a.model.name: a for a in self.attacked}
+        unlearned = names.get(attacked.model.config.get("teacher", attacked.model.name))
+        oracle = next((a for a in self.attacked if a.label == "oracle" and a.model.seed == attacked.model.seed), None)
+        if attacked.label == "reference" or oracle is None:
+            return None
+        if attacked is oracle:
+            return 1.0
+        if unlearned is None or unlearned.last == oracle.last:
+            return None
+        return (attacked.last - unlearned.last) / (oracle.last - unlearned.last)
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row a model and seed; columns as in COLUMNS, None where there is nothing to say.
+
+        steps and flops are those of the run that made the model, not of its parents.
+        """
+        rows = []
+        for attacked in self.attacked:
+            facts, curve = attacked.model.facts, attacked.worst_case
+            rows.append(
+                {
+                    "model": attacked.label,
+                    "seed": attacked.model.seed,
+                    "retain": facts["evaluation"]["retain"],
+                    "forget": facts["evaluation"]["forget"],
+                    **{column: curve.get(step) for column, step in CURVE_STEPS.items()},
+                    "forget_last": attacked.last,
+                    "robustness": self.robustness(attacked),
+                    "steps": facts["steps"],
+                    "flops": facts["flops"],
+                }
+            )
+        return rows
+
+
+def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+def as_text(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The table's cells as they are printed."""
+
+    def cell(column: str, value: Any) -> str:
+        if value is None:
+            return "-"
+        if column == "flops":
+            return f"{value:.2e}"
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    return [[cell(column, row[column]) for column in COLUMNS] for row in rows]

@@ -1,0 +1,140 @@
+"""What the stages that train have in common: the rest of their config, and the way from a model to a finished run."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from undo.config import ConfigError, Mixture, RunName, StageConfig, Training
+from undo.evaluate import Evaluation
+from undo.prepare_models import ReducedGemma2
+from undo.run import Run, RunDirectory
+from undo.tokens import MixedStream, TokenStore
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Gemma2ForCausalLM
+
+    from undo.train import Objective, Stop
+
+Concern = Literal["init", "order", "noise", "objective"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A kind of run: its name, its config class, the function that executes one run, and the command that hosts it."""
+
+    name: str
+    schema: type[StageConfig]
+    execute: Callable[[Any, Run], None]
+    command: tuple[str, ...]  # after the interpreter: the script, or -m and a module
+
+
+class TrainingStage(StageConfig):
+    """Config of a stage that trains a model on mixtures of the prepared roles."""
+
+    seed: int = 0
+    seeds: dict[Concern, int] = {}  # overrides of single seeds; all others follow from `seed` and the stage
+    data: RunName  # the prepare run
+    training: Training
+    evaluation: Evaluation
+
+    def seed_for(self, concern: Concern) -> int:
+        """Independent for each stage, concern and seed; the same for all runs of a stage that share the seed."""
+        stage = zlib.crc32(type(self).__name__.encode())
+        derived = np.random.SeedSequence([self.seed, stage, zlib.crc32(concern.encode())]).generate_state(1)[0]
+        return self.seeds.get(concern, int(derived))
+
+    def streams(self) -> Mapping[str, Mixture]:
+        """The batch's entries, and the mixture of roles behind each."""
+        raise TypeError(f"{type(self).__name__} does not say which data it reads")
+
+    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+        """Of one training step: forward and backward cost 3 forward passes; more where a second model runs along."""
+        return 3 * model.forward_flops(length)
+
+    def tokens(self, length: int) -> int:
+        """Tokens of all steps, padding of packed rows included."""
+        return self.training.steps * self.training.batch_rows * len(self.streams()) * length
+
+
+def fit(
+    cfg: TrainingStage,
+    run: Run,
+    model: "Gemma2ForCausalLM",
+    objective: "Objective",
+    *,
+    rng: "torch.Generator | None" = None,
+    stop: "Stop | None" = None,
+) -> dict[str, Any]:
+    """Train `model` on the config's streams -> the facts for run.json: steps, tokens, FLOPs, evaluation, seeds."""
+    import torch
+
+    from undo.train import train
+
+    data = run.sibling(cfg.data)
+    used = {role for mixture in cfg.streams().values() for role, share in mixture.items() if share > 0}
+    stores = {role: open_store(data, role) for role in sorted(used)}
+    largest = max(store.vocab_size for store in stores.values())
+    if largest > model.config.vocab_size:
+        raise ConfigError(f"{data.folder} has a vocabulary of {largest}, the model only {model.config.vocab_size}: prepare the data with the model's tokenizer")
+    training, length = cfg.training, max(store.length for store in stores.values())
+    streams = {
+        name: MixedStream(stores, mixture, training.batch_rows, training.steps, cfg.seed_for("order") + index)
+        for index, (name, mixture) in enumerate(cfg.streams().items())
+    }
+    evaluator = cfg.evaluation.load(data, model.device)
+    outcome = train(
+        model, objective, streams, training, run, lambda: evaluator.measure(model), rng=rng, stop=stop or (lambda _: False)
+    )
+    size = shape_of(model)
+    return {
+        "steps": outcome.steps,
+        "tokens": outcome.tokens,
+        "flops": cfg.flops_per_token(size, length) * outcome.tokens,
+        "evaluation_flops": size.forward_flops(length) * outcome.evaluations * evaluator.tokens,
+        "parameters": size.parameters,
+        "evaluation": outcome.evaluation,
+        "seeds": {concern: cfg.seed_for(concern) for concern in ("init", "order", "noise", "objective")},
+    }
+
+
+def open_store(data: RunDirectory, role: str) -> TokenStore:
+    """Raises ConfigError if the prepare run has no text for the role."""
+    folder = data.folder / "train" / role
+    if not folder.exists():
+        raise ConfigError(f"{data.folder} holds no {role} data; its roles: {', '.join(sorted(p.name for p in folder.parent.glob('*')))}")
+    return TokenStore(folder)
+
+
+def keep(model: "Gemma2ForCausalLM", cfg: TrainingStage, run: Run) -> None:
+    """Save the model beside the tokenizer that its data was made with."""
+    from undo.models import save
+
+    save(model, run.sibling(cfg.data).folder / "tokenizer", run.model)
+
+
+def load_parent(run: Run, name: str) -> "Gemma2ForCausalLM":
+    """The model of another run, on this run's device, in fp32."""
+    from undo.models import load
+
+    return load(run.sibling(name).model).to(device())
+
+
+def device() -> "torch.device":
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+def generator(seed: int) -> "torch.Generator":
+    import torch
+
+    return torch.Generator().manual_seed(seed)
+
+
+def shape_of(model: "Gemma2ForCausalLM") -> ReducedGemma2:
+    return ReducedGemma2.from_transformers(model.config.to_dict())

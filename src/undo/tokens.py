@@ -1,0 +1,199 @@
+"""The token store: documents packed once into rows, memory-mapped, mixed by role, and random access by step.
+
+A store is a folder: `tokens.bin` holds the tokens of all rows end to end (uint16 where the vocabulary fits, else
+uint32); `pieces.npy` holds where each piece of a document starts in it, `rows.npy` where each row starts in
+`pieces`. A document longer than a row is cut into pieces; pieces are packed best-fit, so nothing is thrown away and
+short documents stay whole.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+import numpy as np
+
+from undo.config import ConfigError, Role
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORE: Final = -100  # the label of a position without a target
+WINDOW: Final = 1 << 16  # pieces that are packed together
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of packed rows. `labels[b, t]` is the token that follows `input_ids[b, t]` in its document, or IGNORE.
+
+    input_ids, positions, labels: int64 [rows, length]. A position of 0 starts a document: attention does not reach
+    across it. `total` is the number of labels in the *whole* batch of the step, over all micro-batches and devices:
+    losses are sums divided by it, so that micro-batch gradients add up to the gradient of the whole batch.
+    """
+
+    input_ids: "torch.Tensor"
+    positions: "torch.Tensor"
+    labels: "torch.Tensor"
+    total: int
+
+    def rows(self, start: int, stop: int | None = None, step: int = 1) -> Self:
+        part = slice(start, stop, step)
+        return replace(self, input_ids=self.input_ids[part], positions=self.positions[part], labels=self.labels[part])
+
+    def micro_batches(self, rows: int | None) -> Iterator[Self]:
+        size = rows or len(self.input_ids)
+        for start in range(0, len(self.input_ids), size):
+            yield self.rows(start, start + size)
+
+    def to(self, device: "torch.device") -> Self:
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+        )
+
+
+Batch = Mapping[str, Tokens]
+
+
+def collate(rows: Iterable[list[np.ndarray]], length: int | None = None) -> Tokens:
+    """Rows of document pieces -> Tokens, padded on the right with id 0 to `length` or to the longest row."""
+    import torch
+
+    rows = list(rows)
+    width = length or max(sum(map(len, row)) for row in rows)
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    positions = np.zeros((len(rows), width), dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
+    for i, row in enumerate(rows):
+        end = 0
+        for piece in row:
+            start, end = end, end + len(piece)
+            ids[i, start:end] = piece
+            positions[i, start:end] = np.arange(len(piece))
+            labels[i, start : end - 1] = piece[1:]
+        positions[i, end:] = np.arange(width - end)  # padding is a document of its own
+    total = int((labels != IGNORE).sum())
+    return Tokens(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels), total)
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Pack items into bins of `capacity`, longest first, each into the fullest bin that takes it -> indices by bin."""
+    bins: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins with that much room left
+    rooms = 0  # bit r is set: by_room[r] is not empty
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        size = int(lengths[item])
+        fits = rooms >> size
+        if fits:
+            room = size + (fits & -fits).bit_length() - 1
+            target = by_room[room].pop()
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+            bins[target].append(item)
+        else:
+            room, target = capacity, len(bins)
+            bins.append([item])
+        left = room - size
+        if left:
+            by_room[left].append(target)
+            rooms |= 1 << left
+    return bins
+
+
+def pack(documents: Iterable[np.ndarray], folder: Path, length: int, vocab_size: int) -> "TokenStore":
+    """Write a store of rows of at most `length` tokens. The folder appears only when it is complete."""
+    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    pieces, rows = [0], [0]
+    cut = (doc[i : i + length] for doc in documents for i in range(0, len(doc), length))
+    with open(partial / "tokens.bin", "wb") as file:
+        while window := list(islice(cut, WINDOW)):
+            for row in best_fit(np.array([len(piece) for piece in window]), length):
+                for index in row:
+                    piece = window[index]
+                    if piece.max() >= vocab_size:
+                        raise ConfigError(f"token id {piece.max()} does not fit a vocabulary of {vocab_size}")
+                    file.write(piece.astype(dtype).tobytes())
+                    pieces.append(pieces[-1] + len(piece))
+                rows.append(len(pieces) - 1)
+    np.save(partial / "pieces.npy", np.array(pieces, dtype=np.int64))
+    np.save(partial / "rows.npy", np.array(rows, dtype=np.int64))
+    (partial / "store.json").write_text(json.dumps({"length": length, "vocab_size": vocab_size, "dtype": dtype.__name__}))
+    partial.rename(folder)
+    return TokenStore(folder)
+
+
+class TokenStore:
+    """A packed corpus on disk; `store[i]` is row i as its pieces. Opening reads no tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        facts = json.loads((folder / "store.json").read_text())
+        self.length: int = facts["length"]
+        self.vocab_size: int = facts["vocab_size"]
+        self._dtype = np.dtype(facts["dtype"])
+        self._pieces = np.load(folder / "pieces.npy", mmap_mode="r")
+        self._rows = np.load(folder / "rows.npy", mmap_mode="r")
+
+    @cached_property
+    def _tokens(self) -> np.ndarray:
+        return np.memmap(self.folder / "tokens.bin", dtype=self._dtype, mode="r")
+
+    def __len__(self) -> int:
+        return len(self._rows) - 1
+
+    def __getitem__(self, row: int) -> list[np.ndarray]:
+        bounds = self._pieces[self._rows[row] : self._rows[row + 1] + 1]
+        return [self._tokens[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+    @property
+    def tokens(self) -> int:
+        return int(self._pieces[-1])
+
+    def batches(self, rows: int) -> Iterator[Tokens]:
+        """All rows once, in order, for evaluation."""
+        for start in range(0, len(self), rows):
+            yield collate((self[i] for i in range(start, min(start + rows, len(self)))), self.length)
+
+
+class MixedStream:
+    """An endless stream of batches mixed from stores by share. `batch(step)` depends on the seed and the step alone.
+
+    Each slot of the stream draws its role by the shares; each role's rows come in a new random order every epoch.
+    """
+
+    def __init__(
+        self, stores: Mapping[Role, TokenStore], shares: Mapping[Role, float], rows: int, steps: int, seed: int
+    ) -> None:
+        self._roles = [role for role, share in shares.items() if share > 0]
+        self._stores = [stores[role] for role in self._roles]
+        self._length = max(store.length for store in self._stores)
+        self._seed = seed
+        rng = np.random.default_rng([seed, 0])
+        probabilities = np.array([shares[role] for role in self._roles])
+        self._source = rng.choice(len(self._roles), size=(steps, rows), p=probabilities / probabilities.sum())
+        flat = self._source.ravel()
+        self._nth = np.empty(flat.shape, dtype=np.int64)  # how many rows of the same role come before
+        for i in range(len(self._roles)):
+            mine = flat == i
+            self._nth[mine] = np.arange(mine.sum())
+        self._nth = self._nth.reshape(steps, rows)
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+
+    def _row(self, source: int, nth: int) -> list[np.ndarray]:
+        store = self._stores[source]
+        epoch, index = divmod(nth, len(store))
+        if self._orders.get(source, (None,))[0] != epoch:
+            order = np.random.default_rng([self._seed, 1, source, epoch]).permutation(len(store))
+            self._orders[source] = (epoch, order)
+        return store[self._orders[source][1][index]]
+
+    def batch(self, step: int) -> Tokens:
+        rows = zip(self._source[step].tolist(), self._nth[step].tolist(), strict=True)
+        return collate((self._row(source, nth) for source, nth in rows), self._length)

@@ -1,0 +1,161 @@
+"""THE training loop: pretraining, unlearning, distillation and relearning are this loop with another objective.
+
+A step takes one global batch. Its order and content depend on the seed and the step only, never on the number of
+devices or on the micro-batch split; micro-batch gradients and the gradients of all devices add up to the gradient of
+the whole batch. Evaluation stands at the top of the step, so initial, periodic and final evaluation are one line.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from undo.config import ConfigError, Training
+from undo.run import Diverged, Interrupted, Run
+from undo.tokens import Batch, MixedStream
+
+Objective = Callable[[Batch], dict[str, Tensor]]  # named, already weighted terms; the loss is their sum
+Evaluate = Callable[[], dict[str, float]]
+Stop = Callable[[Mapping[str, float]], bool]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished loop says: optimiser steps taken, tokens trained on, evaluations made, and the last of them."""
+
+    steps: int
+    tokens: int
+    evaluations: int
+    evaluation: dict[str, float]
+
+
+def learning_rate(cfg: Training, step: int) -> float:
+    """The rate of the update that leads from `step` to `step + 1`: linear warm-up, never 0, then cosine to the minimum."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    if cfg.min_learning_rate is None:
+        return cfg.learning_rate
+    progress = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    return cfg.min_learning_rate + (cfg.learning_rate - cfg.min_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def train(
+    model: nn.Module,
+    objective: Objective,
+    streams: Mapping[str, MixedStream],
+    cfg: Training,
+    run: Run,
+    evaluate: Evaluate,
+    *,
+    rng: torch.Generator | None = None,
+    stop: Stop = lambda _: False,
+) -> Outcome:
+    """Train `model` in place, from the run's checkpoint if it has one. `stop` sees every evaluation but the first.
+
+    Only weights that require a gradient are trained. `rng` is whatever the objective draws from; its state is part
+    of the checkpoint. Raises Diverged at the first loss or gradient that is not finite, Interrupted once the run has
+    been asked to stop and a checkpoint is written, ConfigError for a batch that cannot be split over the devices.
+    """
+    devices, execution = PartialState(), run.configured.execution
+    if cfg.batch_rows < devices.num_processes:
+        raise ConfigError(f"training.batch_rows={cfg.batch_rows} is less than the {devices.num_processes} devices of the run")
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if not weights:
+        raise ConfigError("no weight is trainable")
+    optimizer = torch.optim.AdamW(weights, cfg.learning_rate, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+    autocast = torch.autocast(devices.device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    done = _resume(run, model, optimizer, rng)
+    while True:
+        if cfg.evaluates(done.step) and done.evaluated != done.step:
+            with torch.no_grad(), autocast:
+                done.evaluation = evaluate()
+            done.evaluated, done.evaluations = done.step, done.evaluations + 1
+            run.record(done.step, done.evaluation)
+            if done.step > 0 and stop(done.evaluation):  # never on a student that has learned nothing yet
+                break
+        if done.step == cfg.steps:
+            break
+        if run.stop_requested or (done.step > 0 and done.step % execution.checkpoint_every == 0):
+            run.save_checkpoint(_state(model, optimizer, rng), asdict(done))
+            if run.stop_requested:
+                raise Interrupted
+
+        batch = {name: stream.batch(done.step) for name, stream in streams.items()}
+        with autocast:
+            terms = _backward(objective, batch, execution.micro_rows, devices)
+        _add_up_over_devices([*terms.values(), *(w.grad for w in weights if w.grad is not None)], devices)
+        norm = nn.utils.clip_grad_norm_(weights, math.inf if cfg.clip_norm is None else cfg.clip_norm)
+        *values, norm = torch.stack([*terms.values(), norm]).tolist()  # the step's only synchronisation
+        if not math.isfinite(sum(values) + norm):
+            raise Diverged(done.step)
+        rate = learning_rate(cfg, done.step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        done.step += 1
+        done.tokens += sum(tokens.input_ids.numel() for tokens in batch.values())
+        by_name = {f"loss/{name}": value for name, value in zip(terms, values, strict=True)}
+        run.record(done.step, {"loss": sum(values), **by_name, "grad_norm": norm, "learning_rate": rate})
+    return Outcome(done.step, done.tokens, done.evaluations, done.evaluation)
+
+
+def _backward(objective: Objective, batch: Batch, micro_rows: int | None, devices: PartialState) -> dict[str, Tensor]:
+    """Leave this device's part of the batch's gradient in `.grad` -> its part of each term's value."""
+    mine = [tokens.rows(devices.process_index, step=devices.num_processes) for tokens in batch.values()]
+    terms: dict[str, Tensor] = {}
+    for parts in zip(*(tokens.micro_batches(micro_rows) for tokens in mine), strict=True):
+        part = objective({name: tokens.to(devices.device) for name, tokens in zip(batch, parts, strict=True)})
+        torch.stack(list(part.values())).sum().backward()
+        for name, value in part.items():
+            terms[name] = terms.get(name, 0) + value.detach()
+    return terms
+
+
+def _add_up_over_devices(parts: Iterable[Tensor], devices: PartialState) -> None:
+    if devices.num_processes > 1:
+        for part in parts:
+            torch.distributed.all_reduce(part)
+
+
+# --- the loop's state, as tensors and a few numbers ----------------------------------------------------------------
+
+
+@dataclass
+class _Progress:
+    step: int = 0
+    evaluated: int = -1  # the step of the last evaluation
+    evaluation: dict[str, float] = field(default_factory=dict)
+    evaluations: int = 0
+    tokens: int = 0
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, rng: torch.Generator | None) -> dict[str, Tensor]:
+    state = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+    for index, entries in optimizer.state_dict()["state"].items():
+        state |= {f"optimizer.{index}.{key}": value for key, value in entries.items()}
+    return state if rng is None else state | {"rng": rng.get_state()}
+
+
+def _resume(
+    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, rng: torch.Generator | None
+) -> _Progress:
+    saved = run.load_checkpoint()
+    if saved is None:
+        return _Progress()
+    tensors, progress = saved
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(tensors[f"model.{name}"])
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            entries.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
+    if rng is not None:
+        rng.set_state(tensors["rng"])
+    return _Progress(**progress)
