@@ -53,7 +53,9 @@ def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
     present: list[Stage] = [stage for stage in STAGES.values() if (folder / f"{stage.name}.yaml").exists()]
     if not present:
         raise ConfigError(f"{folder} holds no stage's YAML; it needs files such as pretrain.yaml")
-    runs = [run for stage in present for run in plan(stage, folder / f"{stage.name}.yaml", routed[stage.name], args.runs)]
+    runs = [
+        run for stage in present for run in plan(stage, folder / f"{stage.name}.yaml", routed[stage.name], args.runs)
+    ]
     return select(runs, args.only, with_parents=True), folder
 
 

@@ -12,7 +12,7 @@ from undo import cli
 from undo.config import RunName
 from undo.distill import DistillingStage, distill
 from undo.run import Run
-from undo.stage import Stage, device, load_parent
+from undo.stage import Stage, load_parent, place, shape_of
 
 
 class Distill(DistillingStage):
@@ -24,17 +24,17 @@ class Distill(DistillingStage):
     @model_validator(mode="after")
     def _reference_is_named(self) -> Self:
         if (self.student == "reference") != (self.reference is not None):
-            raise ValueError("student: reference needs the key `reference`, a pretrain run; student: random must not have it")
+            raise ValueError(
+                "student: reference needs the key `reference`, a pretrain run; student: random must not have it"
+            )
         return self
 
 
 def start(cfg: Distill, run: Run) -> None:
-    from undo.stage import shape_of
-
     if cfg.reference is not None:
         student = load_parent(run, cfg.reference)
     else:
-        student = shape_of(load_parent(run, cfg.teacher)).build(cfg.seed_for("init")).to(device())
+        student = place(shape_of(load_parent(run, cfg.teacher)).build(cfg.seed_for("init")))
     distill(cfg, run, student)
 
 

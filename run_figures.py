@@ -1,6 +1,6 @@
 """The results table and the paper's figures from finished runs.
 
-    uv run run_figures.py demo [fig3 fig4 fig5] [--runs DIR]
+uv run run_figures.py demo [fig3 fig4 fig5] [--runs DIR]
 """
 
 import argparse
@@ -35,10 +35,12 @@ def report(setting: str, names: list[str], runs: Path) -> None:
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments = argparse.ArgumentParser(description="The results table and the paper's figures from finished runs.")
     arguments.add_argument("setting", help="for example demo")
     arguments.add_argument("figures", nargs="*", metavar="figure", help=f"of {', '.join(FIGURES)} (default: all)")
-    arguments.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs/)")
+    arguments.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs/)"
+    )
     args = arguments.parse_intermixed_args()
     unknown = [name for name in args.figures if name not in (*FIGURES, "all")]
     if unknown:

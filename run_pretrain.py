@@ -1,6 +1,6 @@
 """Pretrain the reference model (all roles) and the oracle (all but the forget role): Section 3, Appendix A, Table 2.
 
-    uv run run_pretrain.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
+uv run run_pretrain.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from undo import cli
 from undo.config import Mixture
 from undo.prepare_models import ReducedGemma2
 from undo.run import Run
-from undo.stage import Stage, TrainingStage, device, fit, keep
+from undo.stage import Stage, TrainingStage, fit, keep, place
 
 
 class Pretrain(TrainingStage):
@@ -25,7 +25,7 @@ class Pretrain(TrainingStage):
 def pretrain(cfg: Pretrain, run: Run) -> None:
     from undo.losses import cross_entropy
 
-    model = cfg.model.build(cfg.seed_for("init")).to(device())
+    model = place(cfg.model.build(cfg.seed_for("init")))
     facts = fit(cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])})
     keep(model, cfg, run)
     run.finish(**facts)

@@ -1,13 +1,13 @@
 """UNDO: distill an unlearned model into a noised copy of itself. Section 5, Appendix C.
 
-    uv run run_undo.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
+uv run run_undo.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
 """
 
 from undo import cli
 from undo.distill import DistillingStage, distill
 from undo.noise import Noise
 from undo.run import Run
-from undo.stage import Stage, generator, load_parent, shape_of
+from undo.stage import Stage, generator, load_parent, place, shape_of
 
 
 class Undo(DistillingStage):
@@ -18,7 +18,7 @@ class Undo(DistillingStage):
 
 def undo(cfg: Undo, run: Run) -> None:
     student = load_parent(run, cfg.teacher)
-    fresh = shape_of(student).build(cfg.seed_for("init")).to(student.device)
+    fresh = place(shape_of(student).build(cfg.seed_for("init")))
     cfg.noise.apply(student, fresh, generator(cfg.seed_for("noise")))
     distill(cfg, run, student)
 

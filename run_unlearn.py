@@ -1,6 +1,6 @@
 """Unlearn: suppress the forget role in a reference model. Section 4, Appendix B.1, Table 5; methods in undo/methods.
 
-    uv run run_unlearn.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
+uv run run_unlearn.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
 """
 
 from collections.abc import Mapping

@@ -37,17 +37,19 @@ def main(stage: Stage) -> None:
 def parser(description: str) -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=description, epilog=EXAMPLE)
     arguments.add_argument("config", help="a setting (demo: configs/demo/<stage>.yaml), or a path to a YAML file")
-    arguments.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the YAML, dotted; they beat its sweep")
+    arguments.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys of the YAML, dotted; they beat its sweep"
+    )
     arguments.add_argument("--only", metavar="GLOB", help="runs whose name matches")
     arguments.add_argument("--dry-run", action="store_true", help="list the runs, their parents and their FLOPs")
     arguments.add_argument("--force", action="store_true", help="delete the selected runs and make them afresh")
-    arguments.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs/)")
+    arguments.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs/)"
+    )
     return arguments
 
 
-def launch(
-    args: argparse.Namespace, planned: Callable[[argparse.Namespace], tuple[list[PlannedRun], Path]]
-) -> int:
+def launch(args: argparse.Namespace, planned: Callable[[argparse.Namespace], tuple[list[PlannedRun], Path]]) -> int:
     """Plan, check, run, report -> the exit status."""
     runs, configs = planned(args)
     if args.dry_run:
@@ -114,7 +116,11 @@ def work(stage: Stage, folders: Sequence[Path]) -> int:
                 return INTERRUPTED
             except Exception as error:
                 traceback.print_exc()
-                run.fail(f"{type(error).__name__}: {error}".splitlines()[0] if not isinstance(error, ConfigError) else str(error))
+                run.fail(
+                    f"{type(error).__name__}: {error}".splitlines()[0]
+                    if not isinstance(error, ConfigError)
+                    else str(error)
+                )
                 status = 1
         if run.stop_requested:
             return INTERRUPTED

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Role = Literal["retain", "forget", "auxiliary"]
+ROLES: Final[tuple[Role, ...]] = get_args(Role)
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -130,7 +131,9 @@ def read_yaml(path: Path) -> Raw:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}:{where} not valid YAML: {_first_line(getattr(error, 'problem', None) or error)}") from None
+        raise ConfigError(
+            f"{path}:{where} not valid YAML: {_first_line(getattr(error, 'problem', None) or error)}"
+        ) from None
     if not isinstance(values, dict) or not values:
         raise ConfigError(f"{path}: is empty or no mapping; it needs keys such as those in configs/demo/")
     return {str(key): value for key, value in values.items()}
@@ -156,9 +159,11 @@ def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
     """All runs of an experiment as plain values: variants x sweep, with the overrides on top and names filled in."""
     raw, pinned = dict(raw), {}
     for key, value in overrides.items():
-        if key.split(".")[0] in ("variants", "sweep"):
-            block, _, rest = key.partition(".")
-            raw[block] = {**(raw.get(block) or {}), rest: value} if rest else value
+        block, _, rest = key.partition(".")
+        if block == "sweep" and rest:
+            raw["sweep"] = {**(raw.get("sweep") or {}), rest: value}
+        elif block in ("sweep", "variants"):
+            raise ConfigError(f"{key!r} cannot be set as a whole; set sweep.<key>=[...], or choose variants with --only")
         else:
             pinned[key] = value
     variants, sweep = raw.pop("variants", None), raw.pop("sweep", None) or {}
@@ -176,7 +181,7 @@ def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
                 run = _merge(run, _nest(key, value))
             run = _fill_in(run, _namespace(run), source)
             name = str(run.get("name"))
-            if name in runs:
+            if name in runs and isinstance(run["name"], str):
                 raise ConfigError(f"{source}: two runs are named {name!r}; put every swept key into `name`")
             runs[name] = run
     return list(runs.values())
@@ -187,7 +192,7 @@ def validate(schema: type[Config], raw: Raw, source: str) -> Config:
     try:
         return schema.model_validate_json(json.dumps(raw))  # JSON mode: strict, yet a list may fill a tuple
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error, schema)}") from None
+        raise ConfigError(f"{source}: {_explain(error, schema, raw)}") from None
 
 
 def as_raw(config: Frozen) -> Raw:
@@ -245,11 +250,11 @@ def _fill_in(values: Any, names: SimpleNamespace, source: str) -> Any:
     return values
 
 
-def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
+def _explain(error: ValidationError, schema: type[BaseModel], raw: Raw) -> str:
     """The first mistake in words; how many more there are."""
     first, *others = error.errors(include_url=False)
-    path = [str(part) for part in first["loc"]]
-    key = ".".join(part for part in path if not part.startswith("function-"))
+    path = _keys_only(first["loc"], raw)
+    key = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = [*_keys(schema), "sweep", "variants"]
         leaf_like = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
@@ -264,6 +269,19 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
             "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
         )
     return text + (f" (and {len(others)} more)" if others else "")
+
+
+def _keys_only(location: tuple[str | int, ...], raw: Any) -> list[str]:
+    """A place in the user's values: pydantic also names the member of a union that it tried, which is no key."""
+    path = []
+    for position, part in enumerate(location):
+        inside = isinstance(raw, dict) and part in raw
+        if inside or (isinstance(raw, list) and isinstance(part, int)):
+            raw = raw[part]
+        elif position + 1 < len(location):
+            continue
+        path.append(str(part))
+    return path
 
 
 def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:

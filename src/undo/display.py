@@ -1,4 +1,4 @@
-"""What the launcher shows: a live table on a terminal, one line a change elsewhere, and the list of failures at the end."""
+"""What the launcher shows: a live table on a terminal, one line a change elsewhere, the failures at the end."""
 
 import json
 import os
@@ -40,7 +40,9 @@ class LiveTable:
             self._console.print(f"{skipped} of {len(self._state)} runs were done before")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live.is_started:
             self._live.stop()
         counts = Counter(self._state.values())
@@ -51,7 +53,9 @@ class LiveTable:
                 self._console.print(f"[red]failed[/] {name}: ", end="", highlight=False)
                 self._console.print(self._detail[name], markup=False, highlight=False, soft_wrap=True)
                 if not self._detail[name].startswith("not run"):
-                    self._console.print(f"       log: {self._planned[name].directory.log}", soft_wrap=True, highlight=False)
+                    self._console.print(
+                        f"       log: {self._planned[name].directory.log}", soft_wrap=True, highlight=False
+                    )
 
     def changed(self, run: RunDirectory, state: str, detail: str = "") -> None:
         self._state[run.name], self._detail[run.name] = state, detail
@@ -73,15 +77,18 @@ class LiveTable:
     def _table(self) -> Table:
         """Running runs, then what just ended, then what comes next, as far as the terminal's height allows."""
         table = Table(box=None, pad_edge=False)
-        for column, justify in (("run", "left"), ("state", "left"), ("step", "right"), ("loss", "right"), ("retain", "right"), ("forget", "right"), ("left", "right")):  # fmt: skip
-            table.add_column(column, justify=justify, no_wrap=True)  # pyright: ignore[reportArgumentType]
+        for column in ("run", "state", "step", "loss", "retain", "forget", "left"):
+            table.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=True)
         room = max(8, self._console.height - 4)
-        by_state = {s: [n for n, state in self._state.items() if state == s] for s in ("running", "failed", "done", "waiting")}
+        by_state = {
+            s: [n for n, state in self._state.items() if state == s] for s in ("running", "failed", "done", "waiting")
+        }
         shown = by_state["running"] + by_state["failed"] + by_state["done"][-room // 2 :]
         for name in (shown + by_state["waiting"])[:room]:
             table.add_row(name, self._state[name], *self._progress(name))
         counts = Counter(self._state.values())
-        table.caption = f"{counts['done'] + counts['skipped']} of {len(self._state)} done, {duration(time.monotonic() - self._begin)}"
+        finished = counts["done"] + counts["skipped"]
+        table.caption = f"{finished} of {len(self._state)} done, {duration(time.monotonic() - self._begin)}"
         return table
 
     def _progress(self, name: str) -> tuple[str, ...]:
@@ -133,4 +140,3 @@ def si(value: float) -> str:
         if value >= 10**power:
             return f"{value / 10**power:.1f} {prefix}"
     return f"{value:.0f} "
-

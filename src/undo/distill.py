@@ -1,4 +1,4 @@
-"""Distillation with forward KL: Unlearn-and-Distill, oracle matching and UNDO differ in the teacher and the student only."""
+"""Distillation with forward KL. Unlearn-and-Distill, oracle matching and UNDO differ in teacher and student only."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,9 @@ class DistillingStage(TrainingStage):
 
     teacher: RunName
     mixture: Mixture  # unlabelled training data: the student sees the teacher's outputs on all of it
-    retain_threshold: NonNegative | None = None  # stop within this share of the teacher's retain performance (paper: 0.05)
+    retain_threshold: NonNegative | None = (
+        None  # stop within this share of the teacher's retain performance (paper: 0.05)
+    )
 
     def streams(self) -> Mapping[str, Mixture]:
         return {"train": self.mixture}
@@ -27,7 +29,7 @@ class DistillingStage(TrainingStage):
 
 
 def distill(cfg: DistillingStage, run: Run, student: "Gemma2ForCausalLM") -> None:
-    """Train `student` towards the teacher's outputs until the threshold or the last step; save it and finish the run."""
+    """Train `student` towards the teacher's outputs until the threshold or the last step; save it, finish the run."""
     from undo.losses import forward_kl
     from undo.models import freeze
 

@@ -1,4 +1,4 @@
-"""From configs to jobs: which runs an experiment has, whether their parents exist, what they cost, how they are grouped."""
+"""From configs to jobs: which runs an experiment has, whether their parents exist, what they cost, their processes."""
 
 import fnmatch
 import sys
@@ -43,7 +43,8 @@ def find_config(argument: str, stage: str) -> Path:
             return candidate
     settings = sorted({p.name for folder in folders for p in folder.glob("*") if (p / f"{stage}.yaml").exists()})
     raise ConfigError(
-        f"there is no {candidates[0]}; settings with a {stage} stage: {', '.join(settings) or 'none'} (or give a path to a .yaml)"
+        f"there is no {candidates[0]}; settings with a {stage} stage: {', '.join(settings) or 'none'}\n"
+        f"or give the path of a .yaml file"
     )
 
 
@@ -63,7 +64,8 @@ def select(planned: Sequence[PlannedRun], pattern: str | None, with_parents: boo
         return list(planned)
     chosen = {p.name for p in planned if any(fnmatch.fnmatch(n, pattern) for n in (p.name, p.config.name))}
     if not chosen:
-        raise ConfigError(f"--only {pattern!r} matches none of: {', '.join(p.config.name for p in planned[:12])}{', ...' * (len(planned) > 12)}")
+        some = ", ".join(p.config.name for p in planned[:12]) + ", ..." * (len(planned) > 12)
+        raise ConfigError(f"--only {pattern!r} matches none of: {some}")
     if with_parents:
         for run in reversed(planned):  # stages come in order, so parents come later here
             if run.name in chosen:
@@ -85,10 +87,9 @@ def check(planned: Sequence[PlannedRun], force: bool) -> None:
                 )
     for run in planned:
         if force:
-            with run.directory.lock(wait=False) if run.directory.folder.exists() else _nothing() as free:
-                if not free:
-                    raise ConfigError(f"{run.name} is being run by another launcher; --force would destroy its work")
-                run.directory.remove()
+            if run.directory.is_held():
+                raise ConfigError(f"{run.name} is being run by another launcher; --force would destroy its work")
+            run.directory.remove()
         run.directory.claim(run.config)
         if run.directory.done and (parent := run.directory.is_stale(run.config)):
             raise ConfigError(
@@ -170,11 +171,3 @@ class Costs:
         if shape is None or length is None:
             return None
         return run.config.flops_per_token(ReducedGemma2(**shape), length) * run.config.tokens(length)
-
-
-class _nothing:  # a context like RunDirectory.lock for a folder that does not exist
-    def __enter__(self) -> bool:
-        return True
-
-    def __exit__(self, *_: object) -> None:
-        return None

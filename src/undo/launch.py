@@ -24,7 +24,8 @@ from undo.config import ConfigError
 from undo.run import INTERRUPTED, RunDirectory
 
 POLL_SECONDS: Final = 0.1
-MALLOC: Final = {  # large tensors are reused, not returned to the kernel after each step: half of naive CPU time is page faults
+# Large tensors are reused, not returned to the kernel after each step: page faults are half of naive CPU time.
+MALLOC: Final = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
 }
@@ -206,7 +207,7 @@ def run_jobs(jobs: Sequence[Job], display: Display) -> dict[str, str]:
                 for job in list(waiting):
                     if any(not job.runs[0].sibling(parent).done for parent in job.waits_for):
                         continue
-                    if any(_is_held(run) for run in job.runs):  # by another launcher: let it finish, then look again
+                    if any(run.is_held() for run in job.runs):  # by another launcher: let it finish, then look again
                         continue
                     slot = take_slot(job.share, gpus)
                     if slot is None:
@@ -247,7 +248,7 @@ def _after_exit(worker: Worker, failed: dict[str, str], display: Display) -> lis
     if not rest:
         return []
     in_hand, *others = rest
-    if _is_held(in_hand):  # another launcher was faster: wait for it
+    if in_hand.is_held():  # another launcher was faster: wait for it
         return [replace(worker.job, runs=tuple(rest))]
     status = worker.process.returncode
     reason = f"the process exited with status {status} before the run was done"
@@ -270,12 +271,6 @@ def _give_up(job: Job, failed: dict[str, str], display: Display) -> bool:
             display.changed(run, "failed", failed[run.name])
         return True
     return False
-
-
-def _is_held(run: RunDirectory) -> bool:
-    """Whether a process has the run in hand."""
-    with run.lock(wait=False) as free:
-        return not free
 
 
 @contextlib.contextmanager

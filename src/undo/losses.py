@@ -22,7 +22,9 @@ CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32
 def cross_entropy(model: Gemma2ForCausalLM, tokens: Tokens) -> Tensor:
     """Mean of -log p(label) over the labels. Scalar."""
     mask = tokens.labels != IGNORE
-    return linear_loss(hidden_states(model, tokens)[mask], head(model), CrossEntropy(tokens.labels[mask])) / tokens.total
+    return (
+        linear_loss(hidden_states(model, tokens)[mask], head(model), CrossEntropy(tokens.labels[mask])) / tokens.total
+    )
 
 
 def uniform_kl(model: Gemma2ForCausalLM, tokens: Tokens) -> Tensor:

@@ -1,7 +1,7 @@
 """A causal language model as this project sees it: packed tokens -> hidden states, and the head that reads them."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,18 @@ def hidden_states(model: Gemma2ForCausalLM, tokens: Tokens, layer: int | None = 
     """
     body = model.model
     if layer is None:
-        return body(input_ids=tokens.input_ids, position_ids=tokens.positions, attention_mask=_masks(model, tokens), use_cache=False).last_hidden_state
+        return body(
+            input_ids=tokens.input_ids,
+            position_ids=tokens.positions,
+            attention_mask=_masks(model, tokens),
+            use_cache=False,
+        ).last_hidden_state
     if not 0 <= layer < len(body.layers):
         raise ConfigError(f"layer {layer} does not exist: the model has blocks 0 to {len(body.layers) - 1}")
     masks = _masks(model, tokens)
     hidden = body.embed_tokens(tokens.input_ids)
     rotary = body.rotary_emb(hidden, tokens.positions)
-    for block, kind in zip(body.layers[: layer + 1], body.config.layer_types, strict=False):
+    for block, kind in zip(body.layers[: layer + 1], body.config.layer_types or (), strict=False):
         hidden = block(hidden, attention_mask=masks[kind], position_embeddings=rotary, position_ids=tokens.positions)
     return hidden
 
@@ -47,7 +52,9 @@ def _masks(model: Gemma2ForCausalLM, tokens: Tokens) -> dict[str, Tensor]:
         raise ConfigError(f"rows of {length} tokens are longer than the model's sliding window of {window}")
     document = (tokens.positions == 0).cumsum(1)
     visible = (document[:, None, :, None] == document[:, None, None, :]).tril()
-    dtype = torch.get_autocast_dtype(visible.device.type) if torch.is_autocast_enabled(visible.device.type) else model.dtype
+    dtype = (
+        torch.get_autocast_dtype(visible.device.type) if torch.is_autocast_enabled(visible.device.type) else model.dtype
+    )
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
     return {"full_attention": mask, "sliding_attention": mask}
 
@@ -56,9 +63,10 @@ def load(folder: Path) -> Gemma2ForCausalLM:
     """fp32 master weights from a Hugging Face folder (safetensors only), whatever the folder's own precision."""
     if not (folder / "model.safetensors").exists() and not list(folder.glob("model-*.safetensors")):
         raise ConfigError(f"{folder}: holds no model.safetensors; only safetensors are loaded")
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, use_safetensors=True
     )
+    return cast(Gemma2ForCausalLM, model)
 
 
 def save(model: nn.Module, tokenizer_folder: Path, folder: Path) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 GRACE = float(os.environ.get("UNDO_GRACE_SECONDS", "30"))  # for a checkpoint, before SIGKILL
 
 
@@ -45,7 +46,6 @@ def main(command: list[str]) -> int:
 def adopt_orphans() -> None:
     """Grandchildren whose parent dies become ours (Linux's child subreaper) and can be found and killed."""
     if sys.platform == "linux":
-        PR_SET_CHILD_SUBREAPER = 36
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 

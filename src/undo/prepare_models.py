@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class ReducedGemma2(Frozen):
-    """A Gemma-2 of another size. What the paper does not say is inherited from gemma-2-2b, as the authors' code does."""
+    """A Gemma-2 of another size. What the paper does not say comes from gemma-2-2b, as in the authors' code."""
 
     vocab_size: Count = 256_000
     hidden_size: Count
@@ -77,8 +77,9 @@ class ReducedGemma2(Frozen):
             sliding_window=self.sliding_window,
             initializer_range=self.init_std,
             max_position_embeddings=max(8192, self.sliding_window),
-            attn_implementation="eager",  # the only one with a softcap on every device
         )
         with torch.random.fork_rng():  # the library draws from the global generator
             torch.manual_seed(seed)
-            return Gemma2ForCausalLM(config)
+            model = Gemma2ForCausalLM(config)
+        model.set_attn_implementation("eager")  # the only one with a softcap on every device
+        return model

@@ -13,7 +13,7 @@ from undo.evaluate import Accuracy, TokenCrossEntropy
 from undo.experiment import STAGES
 from undo.run import RunDirectory, write_atomically
 
-COLUMNS: Final = (
+COLUMNS: Final[tuple[str, ...]] = (
     "model", "seed", "retain", "forget", "forget_20", "forget_70", "forget_last", "robustness", "steps", "flops",
 )  # fmt: skip
 CURVE_STEPS: Final = {"forget_20": 20, "forget_70": 70}
@@ -46,7 +46,9 @@ class Result:
     @property
     def higher_is_better(self) -> bool:
         name = self.config["evaluation"]["name"]
-        return next(kind.higher_is_better for kind in (Accuracy, TokenCrossEntropy) if kind.model_fields["name"].default == name)
+        return next(
+            kind.higher_is_better for kind in (Accuracy, TokenCrossEntropy) if kind.model_fields["name"].default == name
+        )
 
     @property
     def unit(self) -> str:
@@ -64,7 +66,7 @@ class Attacked:
 
     @cached_property
     def worst_case(self) -> Curve:
-        """At each step the best forget performance over all adversaries. A diverged one counts up to its last evaluation."""
+        """At each step the best forget performance over all adversaries; a diverged one counts up to its end."""
         best = max if self.model.higher_is_better else min
         curves = [adversary.curve("forget") for adversary in self.adversaries]
         steps = sorted(set().union(*curves))
@@ -148,7 +150,7 @@ class Results:
 
 def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter[str](text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue())

@@ -1,13 +1,13 @@
 """The run directory: what a run is (identity), what it says (records), where it stopped (checkpoint), whence (lineage).
 
-    runs/<setting>/<stage>/<name>/
-        config.yaml      resolved: exactly what the process reads
-        metrics.jsonl    one JSON object a line, keyed by step; the same bytes whether or not the run was interrupted
-        log.txt          what the process printed
-        checkpoint/      resume state, replaced atomically, gone when the run is done
-        model/           a Hugging Face folder
-        failure.json     why the last attempt failed
-        run.json         written last and atomically: its presence means done
+runs/<setting>/<stage>/<name>/
+    config.yaml      resolved: exactly what the process reads
+    metrics.jsonl    one JSON object a line, keyed by step; the same bytes whether or not the run was interrupted
+    log.txt          what the process printed
+    checkpoint/      resume state, replaced atomically, gone when the run is done
+    model/           a Hugging Face folder
+    failure.json     why the last attempt failed
+    run.json         written last and atomically: its presence means done
 """
 
 import fcntl
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 INTERRUPTED: Final = 75  # exit status of a worker that stopped at a checkpoint (EX_TEMPFAIL)
 
 
-class Diverged(Exception):
+class Diverged(Exception):  # noqa: N818  # an outcome, not an error
     """The loss or the gradient was not finite at this step: a result of an attack, a failure of everything else."""
 
     def __init__(self, step: int) -> None:
@@ -48,7 +48,7 @@ class Diverged(Exception):
         self.step = step
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818
     """The run was asked to stop, and has saved where it was."""
 
 
@@ -129,7 +129,9 @@ class RunDirectory:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(wanted)))
         except OSError as error:
-            raise ConfigError(f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs") from None
+            raise ConfigError(
+                f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs"
+            ) from None
 
     def identity(self) -> str:
         """A hash of the config and of all ancestors' identities."""
@@ -148,6 +150,13 @@ class RunDirectory:
 
     def forget_failure(self) -> None:
         (self.folder / "failure.json").unlink(missing_ok=True)
+
+    def is_held(self) -> bool:
+        """Whether a process has the run in hand."""
+        if not self.folder.exists():
+            return False
+        with self.lock(wait=False) as free:
+            return not free
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -175,7 +184,7 @@ class Run(RunDirectory):
         self.configured = config
         self._started = time.monotonic()
         self.forget_failure()
-        self._metrics = open(self.folder / "metrics.jsonl", "ab")
+        self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115  # until finish()
         self._seconds_before = 0.0
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
@@ -278,8 +287,12 @@ def git_revision() -> str | None:
     here = Path(__file__).parent
     try:
         git = ["git", "-C", str(here)]
-        revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+        revision = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return revision + ("+" if changed else "")

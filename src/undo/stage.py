@@ -3,12 +3,12 @@
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from undo.config import ConfigError, Mixture, RunName, StageConfig, Training
+from undo.config import ROLES, ConfigError, Mixture, Role, RunName, StageConfig, Training
 from undo.evaluate import Evaluation
 from undo.prepare_models import ReducedGemma2
 from undo.run import Run, RunDirectory
@@ -37,7 +37,7 @@ class TrainingStage(StageConfig):
     """Config of a stage that trains a model on mixtures of the prepared roles."""
 
     seed: int = 0
-    seeds: dict[Concern, int] = {}  # overrides of single seeds; all others follow from `seed` and the stage
+    seeds: dict[Concern, int] = Field(default={})  # single seeds; all others follow from `seed` and the stage
     data: RunName  # the prepare run
     training: Training
     evaluation: Evaluation
@@ -71,16 +71,18 @@ def fit(
     stop: "Stop | None" = None,
 ) -> dict[str, Any]:
     """Train `model` on the config's streams -> the facts for run.json: steps, tokens, FLOPs, evaluation, seeds."""
-    import torch
 
     from undo.train import train
 
     data = run.sibling(cfg.data)
     used = {role for mixture in cfg.streams().values() for role, share in mixture.items() if share > 0}
-    stores = {role: open_store(data, role) for role in sorted(used)}
+    stores: dict[Role, TokenStore] = {role: open_store(data, role) for role in ROLES if role in used}
     largest = max(store.vocab_size for store in stores.values())
     if largest > model.config.vocab_size:
-        raise ConfigError(f"{data.folder} has a vocabulary of {largest}, the model only {model.config.vocab_size}: prepare the data with the model's tokenizer")
+        raise ConfigError(
+            f"{data.folder} has a vocabulary of {largest}, the model only {model.config.vocab_size}\n"
+            f"prepare the data with the model's tokenizer"
+        )
     training, length = cfg.training, max(store.length for store in stores.values())
     streams = {
         name: MixedStream(stores, mixture, training.batch_rows, training.steps, cfg.seed_for("order") + index)
@@ -88,7 +90,14 @@ def fit(
     }
     evaluator = cfg.evaluation.load(data, model.device)
     outcome = train(
-        model, objective, streams, training, run, lambda: evaluator.measure(model), rng=rng, stop=stop or (lambda _: False)
+        model,
+        objective,
+        streams,
+        training,
+        run,
+        lambda: evaluator.measure(model),
+        rng=rng,
+        stop=stop or (lambda _: False),
     )
     size = shape_of(model)
     return {
@@ -102,11 +111,12 @@ def fit(
     }
 
 
-def open_store(data: RunDirectory, role: str) -> TokenStore:
+def open_store(data: RunDirectory, role: Role) -> TokenStore:
     """Raises ConfigError if the prepare run has no text for the role."""
     folder = data.folder / "train" / role
     if not folder.exists():
-        raise ConfigError(f"{data.folder} holds no {role} data; its roles: {', '.join(sorted(p.name for p in folder.parent.glob('*')))}")
+        present = ", ".join(sorted(path.name for path in folder.parent.glob("*")))
+        raise ConfigError(f"{data.folder} holds no {role} data; its roles: {present}")
     return TokenStore(folder)
 
 
@@ -121,13 +131,16 @@ def load_parent(run: Run, name: str) -> "Gemma2ForCausalLM":
     """The model of another run, on this run's device, in fp32."""
     from undo.models import load
 
-    return load(run.sibling(name).model).to(device())
+    return place(load(run.sibling(name).model))
 
 
-def device() -> "torch.device":
+def place(model: "Gemma2ForCausalLM") -> "Gemma2ForCausalLM":
+    """The same model, on this process's device."""
     from accelerate import PartialState
+    from torch import nn
 
-    return PartialState().device
+    nn.Module.to(model, PartialState().device)
+    return model
 
 
 def generator(seed: int) -> "torch.Generator":

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
@@ -124,7 +124,9 @@ def pack(documents: Iterable[np.ndarray], folder: Path, length: int, vocab_size:
                 rows.append(len(pieces) - 1)
     np.save(partial / "pieces.npy", np.array(pieces, dtype=np.int64))
     np.save(partial / "rows.npy", np.array(rows, dtype=np.int64))
-    (partial / "store.json").write_text(json.dumps({"length": length, "vocab_size": vocab_size, "dtype": dtype.__name__}))
+    (partial / "store.json").write_text(
+        json.dumps({"length": length, "vocab_size": vocab_size, "dtype": dtype.__name__})
+    )
     partial.rename(folder)
     return TokenStore(folder)
 
@@ -150,7 +152,7 @@ class TokenStore:
 
     def __getitem__(self, row: int) -> list[np.ndarray]:
         bounds = self._pieces[self._rows[row] : self._rows[row + 1] + 1]
-        return [self._tokens[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [self._tokens[a:b] for a, b in pairwise(bounds)]
 
     @property
     def tokens(self) -> int:
@@ -171,7 +173,7 @@ class MixedStream:
     def __init__(
         self, stores: Mapping[Role, TokenStore], shares: Mapping[Role, float], rows: int, steps: int, seed: int
     ) -> None:
-        self._roles = [role for role, share in shares.items() if share > 0]
+        self._roles: list[Role] = [role for role, share in shares.items() if share > 0]
         self._stores = [stores[role] for role in self._roles]
         self._length = max(store.length for store in self._stores)
         self._seed = seed

@@ -33,7 +33,7 @@ class Outcome:
 
 
 def learning_rate(cfg: Training, step: int) -> float:
-    """The rate of the update that leads from `step` to `step + 1`: linear warm-up, never 0, then cosine to the minimum."""
+    """The rate of the update from `step` to `step + 1`: linear warm-up that is never 0, then cosine to the minimum."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
     if cfg.min_learning_rate is None:
@@ -60,8 +60,11 @@ def train(
     been asked to stop and a checkpoint is written, ConfigError for a batch that cannot be split over the devices.
     """
     devices, execution = PartialState(), run.configured.execution
+    assert devices.device is not None
     if cfg.batch_rows < devices.num_processes:
-        raise ConfigError(f"training.batch_rows={cfg.batch_rows} is less than the {devices.num_processes} devices of the run")
+        raise ConfigError(
+            f"training.batch_rows={cfg.batch_rows} is less than the {devices.num_processes} devices of the run"
+        )
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if not weights:
         raise ConfigError("no weight is trainable")
@@ -140,9 +143,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, rng: torch.Genera
     return state if rng is None else state | {"rng": rng.get_state()}
 
 
-def _resume(
-    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, rng: torch.Generator | None
-) -> _Progress:
+def _resume(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, rng: torch.Generator | None) -> _Progress:
     saved = run.load_checkpoint()
     if saved is None:
         return _Progress()

@@ -65,7 +65,9 @@ def encode(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> tuple[np.n
     """
     prompt, text = tokenizer([problem.prompt, problem.text], add_special_tokens=False)["input_ids"]
     if text[: len(prompt)] != prompt:
-        raise ConfigError(f"the tokenizer joins prompt and answer of {problem.text!r}; accuracy cannot be measured with it")
+        raise ConfigError(
+            f"the tokenizer joins prompt and answer of {problem.text!r}; accuracy cannot be measured with it"
+        )
     return np.array([tokenizer.bos_token_id, *text, tokenizer.eos_token_id]), 1 + len(prompt)
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Evaluator(NamedTuple):
-    """`measure(model)` -> named numbers, of which `retain` and `forget` are always there; `tokens` is what one call reads."""
+    """`measure(model)` -> named numbers, always with `retain` and `forget`; `tokens` is how many one call reads."""
 
     measure: "Callable[[Gemma2ForCausalLM], dict[str, float]]"
     tokens: int

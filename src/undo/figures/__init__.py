@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from undo.results import Results
 
-FIGURES: "Final[dict[str, Callable[[Results], Figure | str]]]" = {
+FIGURES: Final[dict[str, Callable[["Results"], "Figure | str"]]] = {
     "fig3": unlearning_tradeoff,
     "fig4": relearning_curves,
     "fig5": robustness_against_compute,
@@ -33,7 +33,9 @@ def draw(names: list[str], results: "Results", folder: Path) -> list[str]:
             folder.mkdir(parents=True, exist_ok=True)
             for suffix in ("pdf", "png"):
                 # no creation date: the same results give the same bytes
-                figure.savefig(folder / f"{name}.{suffix}", metadata={"CreationDate": None} if suffix == "pdf" else None)
+                figure.savefig(
+                    folder / f"{name}.{suffix}", metadata={"CreationDate": None} if suffix == "pdf" else None
+                )
         except OSError as error:
             raise ConfigError(f"{folder}: cannot be written ({error.strerror})") from None
         lines.append(f"{name}: {folder / name}.pdf, .png")

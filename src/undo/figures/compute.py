@@ -46,10 +46,19 @@ def robustness_against_compute(results: Results) -> "Figure | str":
     points.sort()
     axis.plot([p[1] for p in points], [p[2] for p in points], color=INK, linewidth=0.8, alpha=0.5, zorder=0)
     axis.axhline(1, color=INK, linewidth=0.8, linestyle=":")
-    axis.annotate("data filtering", (0.02, 1), xycoords=("axes fraction", "data"), fontsize=7, xytext=(0, 3), textcoords="offset points")
+    axis.annotate(
+        "data filtering",
+        (0.02, 1),
+        xycoords=("axes fraction", "data"),
+        fontsize=7,
+        xytext=(0, 3),
+        textcoords="offset points",
+    )
     axis.set_xlabel("compute: steps / steps of data filtering", fontsize=8)
     axis.set_ylabel("robustness to relearning", fontsize=8)
     seeds = len({m[0].model.seed for members in groups.values() for m in members})
-    axis.set_title(f"{seeds} seed{'s' * (seeds > 1)}, after {max(results.attacked[0].worst_case)} relearning steps", fontsize=8)
+    axis.set_title(
+        f"{seeds} seed{'s' * (seeds > 1)}, after {max(results.attacked[0].worst_case)} relearning steps", fontsize=8
+    )
     axis.margins(0.14)
     return figure

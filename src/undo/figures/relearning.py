@@ -21,7 +21,9 @@ def relearning_curves(results: Results) -> "Figure | str":
     models = {a.model.name: a for a in results.attacked if a.model.seed == first}
     students = [a for a in models.values() if "teacher" in a.model.config]
     if not students:
-        return "no distilled or UNDO model has been attacked; make them with run_distill.py, run_undo.py, run_relearn.py"
+        return (
+            "no distilled or UNDO model has been attacked; make them with run_distill.py, run_undo.py, run_relearn.py"
+        )
     students.sort(key=lambda a: (alpha_of(a) is None, alpha_of(a) or 0))
     oracle = next((a for a in models.values() if a.label == "oracle"), None)
     figure, axes = panels(len(students))

@@ -3,12 +3,9 @@
 from typing import Final
 
 import matplotlib
-
-matplotlib.use("Agg")  # files only; no display is needed
-
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure  # without pyplot: files only, no display, no global state
 
 INK: Final = "#222222"
 COLORS: Final = {  # Okabe and Ito
@@ -26,9 +23,8 @@ def panels(count: int, columns: int = 4, sharey: bool = True) -> tuple[Figure, l
     """A row (or rows) of `count` panels."""
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(0.6 + PANEL[0] * columns, 0.5 + PANEL[1] * rows), sharey=sharey, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(0.6 + PANEL[0] * columns, 0.5 + PANEL[1] * rows), dpi=200, layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=sharey, squeeze=False)
     flat = list(axes.flat)
     for unused in flat[count:]:
         unused.remove()
@@ -43,5 +39,5 @@ def color_of(label: str, alpha: float | None = None) -> str:
     """A model's own colour; UNDO's runs from light to dark with alpha."""
     if alpha is not None:
         red, green, blue, _ = matplotlib.colormaps["viridis"](0.85 - 0.8 * alpha)
-        return matplotlib.colors.to_hex((red, green, blue))
+        return to_hex((red, green, blue))
     return COLORS.get(label, INK)

@@ -41,12 +41,21 @@ def unlearning_tradeoff(results: Results) -> "Figure | str":
                 )
             end = run.curve("forget")
             rate = f"{run.config['training']['learning_rate']:.0e}".replace("e-0", "e-")
-            axis.annotate(rate, (max(end), end[max(end)]), fontsize=6, xytext=(2, 0), textcoords="offset points", va="center")
+            axis.annotate(
+                rate, (max(end), end[max(end)]), fontsize=6, xytext=(2, 0), textcoords="offset points", va="center"
+            )
         axis.set_title(f"{method}, {len(members)} learning rates", fontsize=9)
         axis.set_xlabel("unlearning steps", fontsize=8)
         axis.margins(x=0.12)
     axes[0].set_ylabel(runs[0].unit, fontsize=8)
     lines = [axes[0].plot([], [], style, color=COLORS[role])[0] for role, style in (("retain", "-"), ("forget", "--"))]
     thick_line = axes[0].plot([], [], "-", color="black", linewidth=2.4)[0]
-    figure.legend([*lines, thick_line], ["retain", "forget", "taken as teacher"], fontsize=8, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(
+        [*lines, thick_line],
+        ["retain", "forget", "taken as teacher"],
+        fontsize=8,
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+    )
     return figure

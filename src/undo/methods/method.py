@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Method(Frozen):
-    """A method is its hyper-parameters and its equation, nothing else: the loop, the data and the records are not its own.
+    """A method is its hyper-parameters and its equation, nothing else: loop, data and records are not its own.
 
     A config is read without torch, so a method imports `undo.losses` where it uses it, inside `objective`.
     """

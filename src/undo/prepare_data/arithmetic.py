@@ -123,7 +123,12 @@ def solve(operation: Operation, a: int, b: int) -> int:
 
 
 def _write(
-    operation: Operation, form: Form, pairs: Pairs, wordings: Sequence[str], rng: np.random.Generator, seen: bool = True
+    operation: Operation,
+    form: Form,
+    pairs: Pairs,
+    wordings: tuple[str, ...],
+    rng: np.random.Generator,
+    seen: bool = True,
 ) -> Iterator[Problem]:
     sign = SIGNS[operation]
     numbers = pairs.tolist()

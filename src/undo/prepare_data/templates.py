@@ -20,7 +20,8 @@ NAMES: Final = (
 )  # fmt: skip
 ITEMS: Final = (
     "apples", "balls", "beads", "books", "buttons", "cards", "coins", "cookies", "eggs", "flowers", "keys", "lemons",
-    "marbles", "oranges", "pears", "pencils", "plums", "ribbons", "rings", "shells", "stamps", "stickers", "stones", "tickets",
+    "marbles", "oranges", "pears", "pencils", "plums", "ribbons", "rings", "shells", "stamps", "stickers", "stones",
+    "tickets",
 )  # fmt: skip
 CONTAINERS: Final = (
     ("bag", "bags"), ("basket", "baskets"), ("bowl", "bowls"), ("box", "boxes"), ("bucket", "buckets"),

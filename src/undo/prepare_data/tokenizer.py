@@ -24,7 +24,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     counts = Counter(piece for text in texts for piece, _ in split.pre_tokenize_str(" " + text))
     pieces = [piece for piece, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     if len(pieces) + len(SPECIAL) > vocab_size:
-        raise ValueError(f"the texts have {len(pieces)} different words; with {len(SPECIAL)} special ones they exceed {vocab_size}")
+        raise ValueError(
+            f"the texts have {len(pieces)} different words; with {len(SPECIAL)} special ones they exceed {vocab_size}"
+        )
     vocabulary = {piece: i for i, piece in enumerate((*SPECIAL, *pieces))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split  # pyright: ignore[reportAttributeAccessIssue]

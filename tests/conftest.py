@@ -1,0 +1,96 @@
+"""Shared fixtures. Everything is made here: no network, no files from outside, a few seconds of one core."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma2ForCausalLM
+
+from undo.config import Execution, Training
+from undo.prepare_data.prepare import Prepare, prepare
+from undo.prepare_models import ReducedGemma2
+from undo.run import Run, RunDirectory
+from undo.tokens import Tokens, collate
+
+ROOT = Path(__file__).parents[1]
+SHAPE = ReducedGemma2(
+    vocab_size=448, hidden_size=16, intermediate_size=32, layers=2, heads=2, kv_heads=1, head_dim=8, query_scale=8
+)
+TINY = {  # overrides that make any training stage of the demo take a second
+    "pretrain": ["model.hidden_size=16", "model.intermediate_size=32", "model.heads=2", "model.kv_heads=1"],
+    "steps": ["training.steps=12", "training.batch_rows=8", "training.evaluate_every=4", "execution.checkpoint_every=3"],
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_and_slots_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Bit-equal results need a fixed number of threads; device locks must not meet those of a user's launcher."""
+    torch.set_num_threads(1)
+    os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("slots"))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    yield
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A finished prepare run of a small arithmetic world, under the setting `tiny`."""
+    run = Run(tmp_path_factory.mktemp("runs"), "tiny", "prepare/data")
+    world = {"problems": 4000, "largest_term": 10, "largest_factor": 6, "validation_per_cell": 12, "holdout": 0.1}
+    config = Prepare.model_validate(
+        {"name": "data", "world": world, "tokenizer": {"vocab_size": 448}, "length": 32}, strict=False
+    )
+    run.claim(config)
+    run.open(config)
+    prepare(config, run)
+    return run
+
+
+@pytest.fixture
+def model() -> Gemma2ForCausalLM:
+    """A random model whose outputs are far from uniform, so that losses and gradients have something to show."""
+    return lively(SHAPE.build(seed=0))
+
+
+def lively(model: Gemma2ForCausalLM, seed: int = 1) -> Gemma2ForCausalLM:
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=rng) * 0.3)
+    return model
+
+
+def batch(rows: int = 4, length: int = 12, seed: int = 0, vocab_size: int = SHAPE.vocab_size) -> Tokens:
+    """Packed rows of two documents each, of random lengths, with padding behind them."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+
+    def document(size: int) -> np.ndarray:
+        return rng.integers(4, vocab_size, size=size)
+
+    sizes = rng.integers(2, length // 2, size=(rows, 2))
+    return collate([[document(a), document(b)] for a, b in sizes.tolist()], length)
+
+
+def training(**changes: object) -> Training:
+    settings = {"steps": 6, "batch_rows": 4, "learning_rate": 1e-2, "evaluate_every": 3}
+    return Training.model_validate(settings | changes, strict=False)
+
+
+def execution(**changes: object) -> Execution:
+    return Execution.model_validate(changes)
+
+
+def run_script(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A stage script (or -m and a module) as a user calls it."""
+    command = [sys.executable, *(str(ROOT / a) if a.startswith("run_") and a.endswith(".py") else a for a in arguments)]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,170 @@
+"""From YAML and overrides to typed configs: what is read, what is refused, and with which words."""
+
+import subprocess
+import sys
+
+import pytest
+import run_all
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from run_pretrain import Pretrain
+from run_unlearn import Unlearn
+
+from undo.config import ConfigError, StageConfig, differences, expand, parse_overrides, read_yaml, validate
+from undo.experiment import STAGES, find_config, plan
+
+DEMO = ROOT / "configs" / "demo"
+SETTINGS = sorted({path.parent for path in (ROOT / "configs").glob("*/*.yaml")})
+
+
+def runs_of(stage: str, *overrides: str, path=None) -> list[StageConfig]:
+    path = path or DEMO / f"{stage}.yaml"
+    schema = run_all.STAGES[stage].schema
+    return [validate(schema, raw, path.name) for raw in expand(read_yaml(path), parse_overrides(overrides), path.name)]
+
+
+def refusal(*overrides: str, stage: str = "pretrain") -> str:
+    with pytest.raises(ConfigError) as error:
+        runs_of(stage, *overrides)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("folder", SETTINGS, ids=lambda p: p.name)
+def test_every_config_is_valid_and_every_parent_exists(folder, tmp_path):
+    planned = [
+        run
+        for name in STAGES
+        if (folder / f"{name}.yaml").exists()
+        for run in plan(run_all.STAGES[name], folder / f"{name}.yaml", {}, tmp_path)
+    ]
+    names = [run.name for run in planned]
+    assert len(set(names)) == len(names)
+    for run in planned:
+        assert set(run.config.parents()) <= set(names)
+        assert all(names.index(parent) < names.index(run.name) for parent in run.config.parents())
+
+
+def test_numbers_that_pyyaml_would_read_as_text():
+    for text in ("3e-5", "1e3", "4E-4"):
+        (run,) = runs_of("pretrain", f"training.learning_rate={text}", "training.min_learning_rate=0")[:1]
+        assert run.training.learning_rate == float(text)
+
+
+def test_override_beats_variant_and_sweep_and_keeps_the_other_axes():
+    runs = runs_of("relearn", "training.learning_rate=3e-5", "sweep.seed=[0,1]", "mixture={forget: 1.0}")
+    assert {run.training.learning_rate for run in runs} == {3e-5}
+    assert {run.seed for run in runs} == {0, 1}
+    assert len({run.name for run in runs}) == len(runs)
+
+
+def test_another_method_does_not_inherit_the_values_of_the_first():
+    """RMU has alpha 1200, GradDiff 1: after a switch by override or by variant, each has its own default."""
+    base = {"name": "x", "method": {"name": "rmu", "layer": 1, "trained_layers": [0], "alpha": 7.0}}
+    (switched,) = expand(base, parse_overrides(["method.name=graddiff"]), "test")
+    assert switched["method"] == {"name": "graddiff"}
+    (by_variant,) = expand(base | {"variants": {"gd": {"method": {"name": "graddiff", "alpha": 2.0}}}}, {}, "test")
+    assert by_variant["method"] == {"name": "graddiff", "alpha": 2.0}
+    (same,) = expand(base, parse_overrides(["method.alpha=9.0"]), "test")
+    assert same["method"] == base["method"] | {"alpha": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.learnign_rate=1e-3", ["unknown key 'training.learnign_rate'", "learning_rate"]),
+        ("trainin.steps=3", ["unknown key 'trainin'", "training"]),
+        ("training.steps=many", ["training.steps", "integer", "'many'"]),
+        ("training.steps=0", ["training.steps", "greater than 0", "0"]),
+        ("training.steps=2.5", ["training.steps", "2.5"]),
+        ("training.learning_rate=-1", ["training.learning_rate", "greater than 0"]),
+        ("training.learning_rate=nan", ["training.learning_rate"]),
+        ("training.precision=fp8", ["training.precision", "fp32", "bf16"]),
+        ("training.min_learning_rate=1", ["training", "min_learning_rate 1 is above"]),
+        ("mixture.retain=0.9", ["mixture", "add up to 1"]),
+        ("mixture={retain: 0.5, korean: 0.5}", ["mixture", "korean", "retain"]),
+        ("data=somewhere else", ["data", "<stage>/<name>"]),
+        ("model.layers=null", ["model.layers", "integer"]),
+        ("sweep.seed=3", ["sweep.seed", "list"]),
+        ("sweep.seed=[]", ["sweep.seed", "at least one"]),
+        ("sweep.training.steps=[1,2]", ["two runs are named", "put every swept key into `name`"]),
+        ('name="{nothing}"', ["nothing", "no such key"]),
+        ("seed", ["key=value"]),
+        ("training.steps=[1", ["not valid YAML"]),
+    ],
+)
+def test_refusals_name_the_key_and_the_fix(override, words):
+    message = refusal(override)
+    assert all(word in message for word in words), message
+    assert len(message.splitlines()) <= 3
+
+
+def test_refusals_of_methods_name_the_key_without_the_union_s_tags():
+    message = refusal("method.beta=1", stage="unlearn")
+    assert "unknown key 'method.beta'" in message
+    message = refusal("method={name: maxemt}", stage="unlearn")
+    assert "method" in message
+    assert "maxemt" in message
+    assert "graddiff" in message
+    message = refusal("method={name: rmu, layer: 0, trained_layers: [0, 1]}", stage="unlearn")
+    assert "trained_layers must name blocks up to layer 0" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "is empty"), (b"- a\n", "is empty or no mapping"), (b"a: [1\n", "not valid YAML"), (b"\xff\xfe\x00", "UTF-8"),
+     (b"a: 1\na: 2\n", "not valid YAML"), (b"a: ${b}\n", "not valid YAML")],
+)  # fmt: skip
+def test_unreadable_yaml(tmp_path, content, words):
+    path = tmp_path / "pretrain.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        read_yaml(path)
+
+
+def test_missing_file_names_the_settings_there_are():
+    with pytest.raises(ConfigError, match="demo"):
+        find_config("dmeo", "pretrain")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_yaml(DEMO / "nothing.yaml")
+
+
+def test_frozen():
+    run = runs_of("pretrain")[0]
+    with pytest.raises(ValueError, match="frozen"):
+        run.training.steps = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_parents_are_the_run_names():
+    relearn = runs_of("relearn")[0]
+    assert relearn.parents() == ("prepare/data", relearn.model)
+    assert runs_of("pretrain")[0].parents() == ("prepare/data",)
+
+
+@given(st.dictionaries(st.sampled_from("abc"), st.integers(0, 3)), st.dictionaries(st.sampled_from("abc"), st.integers(0, 3)))
+def test_differences_are_none_only_between_equals(a, b):
+    assert (differences({"x": a}, {"x": b}) == []) == (a == b)
+
+
+def test_seeds_are_independent_by_stage_and_concern_and_can_be_set():
+    pretrain = runs_of("pretrain", "seeds={order: 7}")[0]
+    unlearn = runs_of("unlearn")[0]
+    assert isinstance(pretrain, Pretrain)
+    assert isinstance(unlearn, Unlearn)
+    drawn = [pretrain.seed_for("init"), pretrain.seed_for("noise"), unlearn.seed_for("init"), unlearn.seed_for("order")]
+    assert len(set(drawn)) == 4
+    assert pretrain.seed_for("order") == 7
+
+
+@pytest.mark.parametrize("arguments", [["run_pretrain.py", "--help"], ["run_all.py", "demo", "--dry-run"], ["run_unlearn.py", "demo", "x=1"]])
+def test_no_torch_before_a_run_starts(arguments):
+    """--help, --dry-run and a refusal never import torch or transformers."""
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = {arguments!r}; sys.path.insert(0, '.')\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules), 'heavy import'"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

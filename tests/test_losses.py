@@ -1,0 +1,166 @@
+"""Every fused loss against its formula written out in full logits, in float64, and its gradient."""
+
+import math
+
+import pytest
+import torch
+from conftest import SHAPE, batch, lively
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from undo import losses
+from undo.losses import CrossEntropy, ForwardKL, Head, UniformKL, linear_loss
+from undo.models import hidden_states
+from undo.tokens import IGNORE
+
+WIDTH = 5
+
+
+def capped(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    logits = hidden @ head.weight.T
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def naive(kind: str, hidden: torch.Tensor, head: Head, labels: torch.Tensor, teacher: tuple[torch.Tensor, Head]):
+    """The textbook formulas, term by term."""
+    p = capped(hidden, head).softmax(-1)
+    if kind == "ce":
+        return -torch.stack([p[i, y].log() for i, y in enumerate(labels.tolist())]).sum() if len(labels) else p.sum()
+    if kind == "uniform":
+        v = p.shape[-1]
+        return ((1 / v) * ((1 / v) / p).log()).sum()
+    q = capped(*teacher).softmax(-1)
+    return (q * (q / p).log()).sum()
+
+
+def target(kind: str, labels: torch.Tensor, teacher: tuple[torch.Tensor, Head]):
+    return {"ce": CrossEntropy(labels), "uniform": UniformKL(), "kl": ForwardKL(*teacher)}[kind]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(["ce", "uniform", "kl"]),
+    tokens=st.integers(0, 9),
+    vocabulary=st.integers(2, 40),
+    softcap=st.sampled_from([None, 3.0, 30.0]),
+    teacher_softcap=st.sampled_from([None, 30.0]),
+    chunk=st.integers(1, 12),
+    scale=st.sampled_from([0.1, 1.0, 4.0]),
+)
+def test_equals_the_formula_with_gradients(kind, tokens, vocabulary, softcap, teacher_softcap, chunk, scale):
+    rng = torch.Generator().manual_seed(tokens * 100 + vocabulary)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=rng, dtype=torch.float64) * scale
+
+    hidden, weight = draw(tokens, WIDTH).requires_grad_(), draw(vocabulary, WIDTH).requires_grad_()
+    teacher = draw(tokens, WIDTH + 1), Head(draw(vocabulary, WIDTH + 1), teacher_softcap)
+    labels = torch.randint(vocabulary, (tokens,), generator=rng)
+    expected = naive(kind, hidden, Head(weight, softcap), labels, teacher)
+    expected_grads = torch.autograd.grad(expected, (hidden, weight))
+    before = losses.CHUNK_ELEMENTS
+    losses.CHUNK_ELEMENTS = chunk * vocabulary
+    try:
+        got = linear_loss(hidden, Head(weight, softcap), target(kind, labels, teacher))
+    finally:
+        losses.CHUNK_ELEMENTS = before
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    for mine, theirs in zip(torch.autograd.grad(got, (hidden, weight)), expected_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["ce", "uniform", "kl"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradient_by_finite_differences(kind, softcap):
+    torch.manual_seed(0)
+    hidden = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, WIDTH, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(4, 3, dtype=torch.float64), Head(torch.randn(7, 3, dtype=torch.float64), 30.0)
+    chosen = target(kind, torch.tensor([0, 3, 6, 3]), teacher)
+    assert torch.autograd.gradcheck(lambda h, w: linear_loss(h, Head(w, softcap), chosen), (hidden, weight))
+
+
+@pytest.mark.parametrize("kind", ["ce", "uniform", "kl"])
+def test_single_precision_is_close_to_double(kind):
+    torch.manual_seed(1)
+    hidden, weight, labels = torch.randn(64, 32) * 3, torch.randn(500, 32), torch.randint(500, (64,))
+    teacher = torch.randn(64, 32) * 3, Head(torch.randn(500, 32), 30.0)
+    single = linear_loss(hidden, Head(weight, 30.0), target(kind, labels, teacher))
+    double_teacher = teacher[0].double(), Head(teacher[1].weight.double(), 30.0)
+    double = naive(kind, hidden.double(), Head(weight.double(), 30.0), labels, double_teacher)
+    torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=0)
+
+
+def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
+    """The largest tensor any operation makes is a chunk's, however many tokens there are."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+            self.elements = max([self.elements, *sizes])
+            return result
+
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 10 * 300)
+    hidden, weight = torch.randn(200, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
+    teacher = torch.randn(200, 4), Head(torch.randn(300, 4), 30.0)
+    for kind in ("ce", "uniform", "kl"):
+        with Largest() as largest:
+            linear_loss(hidden, Head(weight, 30.0), target(kind, torch.randint(300, (200,)), teacher)).backward()
+        assert largest.elements <= 10 * 300
+
+
+def test_batch_without_labels_costs_nothing_and_is_zero(model):
+    tokens = batch()
+    tokens.labels.fill_(IGNORE)
+    empty = type(tokens)(tokens.input_ids, tokens.positions, tokens.labels, total=1)
+    for loss in (losses.cross_entropy(model, empty), losses.uniform_kl(model, empty)):
+        loss.backward()
+        assert loss == 0
+    assert all(torch.isfinite(w.grad).all() and not w.grad.any() for w in model.parameters() if w.grad is not None)
+
+
+def test_means_over_labels_of_a_whole_model(model):
+    """The three losses of a model, against its own logits as Hugging Face computes them, one document at a time."""
+    teacher = lively(SHAPE.build(seed=5), seed=9)
+    tokens = batch(rows=3)
+    log_p, log_q, picked = [], [], []
+    for row in range(3):
+        starts = [t for t in range(12) if tokens.positions[row, t] == 0] + [12]
+        for a, b in zip(starts, starts[1:], strict=False):
+            ids, mask = tokens.input_ids[row : row + 1, a:b], tokens.labels[row, a:b] != IGNORE
+            log_p.append(model(ids).logits[0].double().log_softmax(-1)[mask])
+            log_q.append(teacher(ids).logits[0].double().log_softmax(-1)[mask])
+            picked.append(tokens.labels[row, a:b][mask])
+    log_p, log_q, picked = torch.cat(log_p), torch.cat(log_q), torch.cat(picked)
+    assert len(picked) == tokens.total
+    expected_ce = -log_p.gather(1, picked[:, None]).mean()
+    expected_kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    expected_uniform = (-log_p.mean(-1) - math.log(SHAPE.vocab_size)).mean()
+    torch.testing.assert_close(losses.cross_entropy(model, tokens).double(), expected_ce, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.forward_kl(model, teacher, tokens).double(), expected_kl, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses.uniform_kl(model, tokens).double(), expected_uniform, rtol=1e-5, atol=1e-6)
+
+
+def test_activation_mse_by_hand():
+    """Two labelled positions of three, width 2: errors (1, 3) and (2, 0) -> ((1 + 9) / 2 + (4 + 0) / 2) / 2 = 3.5."""
+    from undo.tokens import Tokens
+
+    labels = torch.tensor([[7, IGNORE, 8]])
+    tokens = Tokens(torch.zeros(1, 3, dtype=torch.long), torch.arange(3)[None], labels, total=2)
+    hidden = torch.tensor([[[1.0, 3.0], [99.0, 99.0], [2.0, 0.0]]])
+    assert losses.activation_mse(hidden, torch.zeros_like(hidden), tokens).item() == 3.5
+    assert losses.activation_mse(hidden, torch.zeros(2), tokens).item() == 3.5
+
+
+def test_layer_output_is_the_blocks_own(model):
+    tokens = batch()
+    seen = []
+    hook = model.model.layers[0].register_forward_hook(lambda _m, _i, out: seen.append(out))
+    hidden_states(model, tokens)
+    hook.remove()
+    torch.testing.assert_close(hidden_states(model, tokens, layer=0), seen[0], rtol=0, atol=0)

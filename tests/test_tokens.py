@@ -1,0 +1,94 @@
+"""The token store: nothing lost, nothing torn that fits, and a stream that knows every step by its number."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from undo.config import ConfigError
+from undo.tokens import IGNORE, MixedStream, TokenStore, best_fit, collate, pack
+
+
+@given(st.lists(st.integers(1, 20), max_size=80))
+def test_best_fit_places_each_item_once_and_never_overfills(lengths):
+    bins = best_fit(np.array(lengths, dtype=int), 20)
+    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in b) <= 20 for b in bins)
+    if lengths:  # at most one bin can be half empty: two of them would have been one
+        assert sum(sum(lengths[i] for i in b) <= 10 for b in bins) <= 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(documents=st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=50), min_size=1, max_size=30))
+def test_every_token_is_kept_in_its_document_s_order(documents, tmp_path_factory):
+    store = pack(map(np.array, documents), tmp_path_factory.mktemp("store") / "s", length=16, vocab_size=1000)
+    assert store.tokens == sum(map(len, documents))
+    pieces = sorted(tuple(piece.tolist()) for i in range(len(store)) for piece in store[i])
+    assert pieces == sorted(tuple(d[i : i + 16]) for d in documents for i in range(0, len(d), 16))
+    assert all(sum(map(len, store[i])) <= 16 for i in range(len(store)))
+
+
+@pytest.mark.parametrize(("vocabulary", "bytes_each"), [(1000, 2), (256_000, 4)])
+def test_small_vocabularies_take_two_bytes_a_token(tmp_path, vocabulary, bytes_each):
+    pack([np.full(300, vocabulary - 1)], tmp_path / "s", 64, vocabulary)
+    assert (tmp_path / "s" / "tokens.bin").stat().st_size == 300 * bytes_each
+    assert int(TokenStore(tmp_path / "s")[0][0][0]) == vocabulary - 1
+
+
+def test_a_token_outside_the_vocabulary_is_refused_and_leaves_no_store(tmp_path):
+    with pytest.raises(ConfigError, match="1000 does not fit"):
+        pack([np.array([1, 1000])], tmp_path / "s", 8, 1000)
+    assert not (tmp_path / "s").exists()
+
+
+def test_collate_by_hand():
+    tokens = collate([[np.array([5, 6, 7]), np.array([8, 9])]], length=7)
+    assert tokens.input_ids.tolist() == [[5, 6, 7, 8, 9, 0, 0]]
+    assert tokens.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+    assert tokens.labels.tolist() == [[6, 7, IGNORE, 9, IGNORE, IGNORE, IGNORE]]
+    assert tokens.total == 3
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores")
+    # token value tells role and document: retain 0-49, forget 100-119
+    return {
+        "retain": pack([np.full(8, i) for i in range(50)], folder / "retain", 8, 200),
+        "forget": pack([np.full(8, 100 + i) for i in range(20)], folder / "forget", 8, 200),
+    }
+
+
+def test_the_stream_depends_on_seed_and_step_alone(stores):
+    one, two = (MixedStream(stores, {"retain": 0.5, "forget": 0.5}, 6, 40, seed=3) for _ in range(2))
+    forwards = [one.batch(step).input_ids for step in range(40)]
+    for step in reversed(range(40)):
+        assert torch.equal(two.batch(step).input_ids, forwards[step])
+    other = MixedStream(stores, {"retain": 0.5, "forget": 0.5}, 6, 40, seed=4)
+    assert any(not torch.equal(other.batch(s).input_ids, forwards[s]) for s in range(40))
+
+
+def test_shares_are_met_and_every_epoch_takes_every_row_once(stores):
+    stream = MixedStream(stores, {"retain": 0.75, "forget": 0.25}, 10, 100, seed=0)
+    drawn = torch.cat([stream.batch(step).input_ids[:, 0] for step in range(100)])
+    retain, forget = drawn[drawn < 100].tolist(), drawn[drawn >= 100].tolist()
+    assert abs(len(retain) / 1000 - 0.75) < 0.05
+    for values, size in ((retain, 50), (forget, 20)):
+        epochs = [values[i : i + size] for i in range(0, len(values) - size + 1, size)]
+        assert all(len(set(epoch)) == size for epoch in epochs)
+        assert epochs[0] != epochs[1]
+
+
+def test_a_role_of_share_zero_is_never_drawn(stores):
+    stream = MixedStream(stores, {"retain": 1.0, "forget": 0.0}, 10, 20, seed=0)
+    assert all((stream.batch(step).input_ids < 100).all() for step in range(20))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, None])
+def test_micro_batches_are_the_batch_and_know_its_total(rows):
+    tokens = batch(rows=4)
+    parts = list(tokens.micro_batches(rows))
+    assert torch.equal(torch.cat([p.labels for p in parts]), tokens.labels)
+    assert {p.total for p in parts} == {tokens.total}
