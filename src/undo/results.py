@@ -150,9 +150,9 @@ class Results:
 
 def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter[str](text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([row[column] for column in COLUMNS] for row in rows)
     write_atomically(path, text.getvalue())
 
 

@@ -1,0 +1,214 @@
+"""The loop: exact accumulation, the schedule, evaluation and stopping, divergence, and resuming bit by bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SHAPE, execution, lively, metrics, training
+from run_pretrain import Pretrain
+
+from undo.losses import cross_entropy
+from undo.run import Diverged, Interrupted, Run
+from undo.tokens import MixedStream, TokenStore
+from undo.train import learning_rate, train
+
+
+def make(folder: Path, cfg=None, **run_execution) -> tuple[Run, Pretrain]:
+    config = Pretrain.model_validate(
+        {
+            "name": "x",
+            "data": "prepare/data",
+            "model": SHAPE.model_dump(),
+            "mixture": {"retain": 0.5, "forget": 0.5},
+            "training": (cfg or training()).model_dump(),
+            "evaluation": {"name": "accuracy"},
+            "execution": execution(**run_execution).model_dump(),
+        },
+        strict=False,
+    )
+    run = Run(folder, "tiny", "pretrain/x")
+    run.claim(config)
+    run.open(config)
+    return run, config
+
+
+def stream(data, rows=4, steps=6, seed=0) -> MixedStream:
+    stores = {role: TokenStore(data.folder / "train" / role) for role in ("retain", "forget")}
+    return MixedStream(stores, {"retain": 0.5, "forget": 0.5}, rows, steps, seed)
+
+
+def go(folder, data, model=None, cfg=None, evaluate=lambda: {"retain": 0.0, "forget": 0.0}, objective=None, **more):
+    """One small training -> the model and the outcome."""
+    options = {key: more.pop(key) for key in ("rng", "stop") if key in more}
+    run, config = make(folder, cfg, **more)
+    model = model or lively(SHAPE.build(0))
+    terms = objective(model) if objective else lambda batch: {"ce": cross_entropy(model, batch["train"])}
+    steps = config.training.steps
+    outcome = train(model, terms, {"train": stream(data, steps=steps)}, config.training, run, evaluate, **options)
+    return model, outcome
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_accumulation_over_micro_batches_is_exact(tmp_path, data, rows):
+    whole, _ = go(tmp_path / "a", data, lively(SHAPE.build(0)).double())
+    parts, _ = go(tmp_path / "b", data, lively(SHAPE.build(0)).double(), micro_rows=rows)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)  # Adam's first steps magnify rounding; a wrong mean is 1e-3
+    one, two = (metrics(tmp_path / x / "tiny/pretrain/x") for x in "ab")
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_schedule():
+    cfg = training(steps=100, learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4)
+    rates = [learning_rate(cfg, step) for step in range(100)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert min(rates) > 0
+    assert rates[52] == pytest.approx(0.55)
+    assert rates[99] == pytest.approx(0.1, abs=1e-3)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert {learning_rate(training(warmup_steps=1), step) for step in range(6)} == {1e-2}  # Table 4: one warm-up step
+
+
+def test_evaluations_stand_at_the_top_of_the_step(tmp_path, data):
+    _, outcome = go(tmp_path, data, cfg=training(steps=7, evaluate_every=3, evaluate_at=(1,)))
+    lines = metrics(tmp_path / "tiny/pretrain/x")
+    assert [line["step"] for line in lines if "retain" in line] == [0, 1, 3, 6, 7]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 7]
+    assert outcome.steps == 7
+    assert outcome.evaluations == 5
+    assert outcome.tokens == 7 * 4 * 32
+
+
+def test_stops_at_the_first_evaluation_that_satisfies_but_never_untrained(tmp_path, data):
+    _, outcome = go(tmp_path, data, stop=lambda _: True)
+    assert outcome.steps == 3  # not 0
+
+
+def test_the_loss_falls(tmp_path, data):
+    go(tmp_path, data, SHAPE.build(0), cfg=training(steps=40))
+    losses = [line["loss"] for line in metrics(tmp_path / "tiny/pretrain/x") if "loss" in line]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_terms_sum_to_the_loss_and_are_recorded_by_name(tmp_path, data):
+    def two_terms(model):
+        return lambda batch: {"a": cross_entropy(model, batch["train"]), "b": -0.5 * cross_entropy(model, batch["train"])}
+
+    go(tmp_path, data, objective=two_terms)
+    for line in metrics(tmp_path / "tiny/pretrain/x"):
+        if "loss" in line:
+            assert line["loss"] == pytest.approx(line["loss/a"] + line["loss/b"])
+            assert line["loss/b"] == pytest.approx(-line["loss/a"] / 2)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_divergence_is_raised_at_its_step_before_the_update(tmp_path, data, poison):
+    model = lively(SHAPE.build(0))
+    calls = []
+
+    def objective(_):
+        def terms(batch):
+            calls.append({name: w.detach().clone() for name, w in model.named_parameters()})
+            return {"ce": cross_entropy(model, batch["train"]) * (poison if len(calls) == 4 else 1.0)}
+
+        return terms
+
+    with pytest.raises(Diverged, match="step 3"):
+        go(tmp_path, data, model, objective=objective)
+    assert all(torch.equal(calls[3][name], w) for name, w in model.named_parameters())
+
+
+def test_frozen_weights_stay(tmp_path, data):
+    model = lively(SHAPE.build(0))
+    before = [w.detach().clone() for w in model.parameters()]
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("down_proj" in name)
+    go(tmp_path, data, model)
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert moved == ["down_proj" in name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+def test_interrupted_and_resumed_is_bit_equal_to_undisturbed(tmp_path, data, monkeypatch, stop_at):
+    """The objective draws from the generator at each step, so its state must come back too."""
+
+    def objective(model):
+        def terms(batch):
+            if torch.rand((), generator=rng) < 0.5:  # asked to stop in the middle of a step, once
+                pass
+            if len(seen) == stop_at - 1:
+                monkeypatch.setattr(Run, "_stop_requested", True)
+            seen.append(1)
+            scale = 1 + torch.rand((), generator=rng)
+            return {"ce": scale * cross_entropy(model, batch["train"])}
+
+        return terms
+
+    seen, rng = [1] * 99, torch.Generator().manual_seed(4)
+    undisturbed, _ = go(tmp_path / "a", data, objective=objective, rng=rng)
+    seen, rng = [], torch.Generator().manual_seed(4)
+    with pytest.raises(Interrupted):
+        go(tmp_path / "b", data, objective=objective, rng=rng)
+    assert len(seen) == stop_at
+    monkeypatch.setattr(Run, "_stop_requested", False)
+    with open(tmp_path / "b/tiny/pretrain/x/metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "torn')  # what a crash after the checkpoint leaves behind
+    seen, rng = [1] * 99, torch.Generator().manual_seed(12345)
+    resumed, outcome = go(tmp_path / "b", data, objective=objective, rng=rng)
+    assert outcome.steps == 6
+    assert same(undisturbed, resumed)
+    one, two = (tmp_path / x / "tiny/pretrain/x/metrics.jsonl" for x in "ab")
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_checkpoint_interval_changes_nothing(tmp_path, data):
+    one, _ = go(tmp_path / "a", data, checkpoint_every=1)
+    two, _ = go(tmp_path / "b", data, checkpoint_every=100)
+    assert same(one, two)
+
+
+def test_two_devices_make_the_same_step_as_one(tmp_path, data):
+    """Two real processes over gloo: same records as one, to rounding; the order of the data does not change."""
+    go(tmp_path / "one", data, lively(SHAPE.build(0)).double())
+    program = f"""
+import os, sys
+from pathlib import Path
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch; torch.set_num_threads(1)
+from accelerate import PartialState
+PartialState(cpu=True, backend="gloo")
+from conftest import SHAPE, lively
+from test_train import go
+from undo.run import RunDirectory
+data = RunDirectory.at(Path({str(data.folder)!r}))
+go(Path({str(tmp_path)!r}) / f"rank{{os.environ['RANK']}}", data, lively(SHAPE.build(0)).double())
+"""
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "ACCELERATE_USE_CPU": "true"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, **ranks, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    expected = metrics(tmp_path / "one/tiny/pretrain/x")
+    for rank in range(2):
+        got = metrics(tmp_path / f"rank{rank}/tiny/pretrain/x")
+        assert len(got) == len(expected)
+        for a, b in zip(got, expected, strict=True):
+            assert a == pytest.approx(b, rel=1e-6), json.dumps([a, b])
