@@ -23,7 +23,12 @@ SHAPE = ReducedGemma2(
 )
 TINY = {  # overrides that make any training stage of the demo take a second
     "pretrain": ["model.hidden_size=16", "model.intermediate_size=32", "model.heads=2", "model.kv_heads=1"],
-    "steps": ["training.steps=12", "training.batch_rows=8", "training.evaluate_every=4", "execution.checkpoint_every=3"],
+    "steps": [
+        "training.steps=12",
+        "training.batch_rows=8",
+        "training.evaluate_every=4",
+        "execution.checkpoint_every=3",
+    ],
 }
 
 
@@ -33,7 +38,7 @@ def _one_thread_and_slots_of_our_own(tmp_path_factory: pytest.TempPathFactory) -
     torch.set_num_threads(1)
     os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("slots"))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    yield
+    return
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +94,9 @@ def execution(**changes: object) -> Execution:
 def run_script(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     """A stage script (or -m and a module) as a user calls it."""
     command = [sys.executable, *(str(ROOT / a) if a.startswith("run_") and a.endswith(".py") else a for a in arguments)]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280
+    )
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -85,8 +85,7 @@ def test_held_out_pairs_never_occur_in_training_in_either_order(share):
     for role in OPERATIONS:
 
         def pairs(problems, operation):
-            found = {frozenset(map(int, re.findall(r"\d+", p.prompt))) for p in problems if p.operation == operation}
-            return found
+            return {frozenset(map(int, re.findall(r"\d+", p.prompt))) for p in problems if p.operation == operation}
 
         training, validation = list(world.train(role)), list(world.validation(role))
         for operation in OPERATIONS[role]:

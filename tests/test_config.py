@@ -4,13 +4,13 @@ import subprocess
 import sys
 
 import pytest
-import run_all
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+
+import run_all
 from run_pretrain import Pretrain
 from run_unlearn import Unlearn
-
 from undo.config import ConfigError, StageConfig, differences, expand, parse_overrides, read_yaml, validate
 from undo.experiment import STAGES, find_config, plan
 
@@ -112,9 +112,15 @@ def test_refusals_of_methods_name_the_key_without_the_union_s_tags():
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "is empty"), (b"- a\n", "is empty or no mapping"), (b"a: [1\n", "not valid YAML"), (b"\xff\xfe\x00", "UTF-8"),
-     (b"a: 1\na: 2\n", "not valid YAML"), (b"a: ${b}\n", "not valid YAML")],
-)  # fmt: skip
+    [
+        (b"", "is empty"),
+        (b"- a\n", "is empty or no mapping"),
+        (b"a: [1\n", "not valid YAML"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b"a: 1\na: 2\n", "not valid YAML"),
+        (b"a: ${b}\n", "not valid YAML"),
+    ],
+)
 def test_unreadable_yaml(tmp_path, content, words):
     path = tmp_path / "pretrain.yaml"
     path.write_bytes(content)
@@ -141,7 +147,10 @@ def test_parents_are_the_run_names():
     assert runs_of("pretrain")[0].parents() == ("prepare/data",)
 
 
-@given(st.dictionaries(st.sampled_from("abc"), st.integers(0, 3)), st.dictionaries(st.sampled_from("abc"), st.integers(0, 3)))
+@given(
+    st.dictionaries(st.sampled_from("abc"), st.integers(0, 3)),
+    st.dictionaries(st.sampled_from("abc"), st.integers(0, 3)),
+)
 def test_differences_are_none_only_between_equals(a, b):
     assert (differences({"x": a}, {"x": b}) == []) == (a == b)
 
@@ -156,7 +165,9 @@ def test_seeds_are_independent_by_stage_and_concern_and_can_be_set():
     assert pretrain.seed_for("order") == 7
 
 
-@pytest.mark.parametrize("arguments", [["run_pretrain.py", "--help"], ["run_all.py", "demo", "--dry-run"], ["run_unlearn.py", "demo", "x=1"]])
+@pytest.mark.parametrize(
+    "arguments", [["run_pretrain.py", "--help"], ["run_all.py", "demo", "--dry-run"], ["run_unlearn.py", "demo", "x=1"]]
+)
 def test_no_torch_before_a_run_starts(arguments):
     """--help, --dry-run and a refusal never import torch or transformers."""
     program = (

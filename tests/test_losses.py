@@ -1,5 +1,6 @@
 """Every fused loss against its formula written out in full logits, in float64, and its gradient."""
 
+import itertools
 import math
 
 import pytest
@@ -131,7 +132,7 @@ def test_means_over_labels_of_a_whole_model(model):
     log_p, log_q, picked = [], [], []
     for row in range(3):
         starts = [t for t in range(12) if tokens.positions[row, t] == 0] + [12]
-        for a, b in zip(starts, starts[1:], strict=False):
+        for a, b in itertools.pairwise(starts):
             ids, mask = tokens.input_ids[row : row + 1, a:b], tokens.labels[row, a:b] != IGNORE
             log_p.append(model(ids).logits[0].double().log_softmax(-1)[mask])
             log_q.append(teacher(ids).logits[0].double().log_softmax(-1)[mask])

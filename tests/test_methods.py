@@ -45,7 +45,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleranc
 
 @every_method
 def test_padding_changes_nothing(method):
-    model, _, objective = setting(method)
+    _model, _, objective = setting(method)
     assert_same(objective(roles()), objective(roles(length=12)))
     short, long = objective(roles()), objective({k: pad(t, 5) for k, t in roles().items()})
     assert_same(short, long)
@@ -68,7 +68,7 @@ def test_packing_changes_nothing(method):
 
     rng = np.random.default_rng(0)
     documents = {role: [rng.integers(4, 448, size=n) for n in (5, 3, 7)] for role in ("retain", "forget")}
-    model, _, objective = setting(method)
+    _model, _, objective = setting(method)
     alone = objective({role: collate([[d] for d in docs]) for role, docs in documents.items()})
     packed = objective({role: collate([docs]) for role, docs in documents.items()})
     assert_same(alone, packed)
@@ -169,9 +169,14 @@ def test_rmu_pushes_to_c_u_and_holds_to_the_reference():
     u = torch.randn(SHAPE.hidden_size, generator=torch.Generator().manual_seed(11))
     u /= u.norm()
     mask = {role: tokens.labels != IGNORE for role, tokens in data.items()}
-    h = {role: model.model(t.input_ids, position_ids=t.positions, output_hidden_states=True, use_cache=False).hidden_states[1][mask[role]] for role, t in data.items()}  # fmt: skip
-    kept = reference.model(data["retain"].input_ids, position_ids=data["retain"].positions, output_hidden_states=True, use_cache=False)
-    kept = kept.hidden_states[1][mask["retain"]]
+
+    def first_block(of, role):
+        tokens = data[role]
+        output = of.model(tokens.input_ids, position_ids=tokens.positions, output_hidden_states=True, use_cache=False)
+        return output.hidden_states[1][mask[role]]
+
+    h = {role: first_block(model, role) for role in data}
+    kept = first_block(reference, "retain")
     terms = objective(data)
     torch.testing.assert_close(terms["misdirect"], ((h["forget"] - 2.0 * u) ** 2).mean(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(terms["preserve"], 3.0 * ((h["retain"] - kept) ** 2).mean(), rtol=1e-4, atol=1e-6)

@@ -16,7 +16,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def perturbed(noise: Noise, seed: int = 0):
     model = SHAPE.build(0)
-    for name, weight in model.named_parameters():
+    for _name, weight in model.named_parameters():
         if weight.ndim == 1:
             nn.init.constant_(weight, 0.5)
     before = weights(model)

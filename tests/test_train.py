@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SHAPE, execution, lively, metrics, training
-from run_pretrain import Pretrain
 
+from run_pretrain import Pretrain
 from undo.losses import cross_entropy
 from undo.run import Diverged, Interrupted, Run
 from undo.tokens import MixedStream, TokenStore
@@ -44,11 +44,12 @@ def stream(data, rows=4, steps=6, seed=0) -> MixedStream:
 def go(folder, data, model=None, cfg=None, evaluate=lambda: {"retain": 0.0, "forget": 0.0}, objective=None, **more):
     """One small training -> the model and the outcome."""
     options = {key: more.pop(key) for key in ("rng", "stop") if key in more}
+    rows = more.pop("rows", 4)
     run, config = make(folder, cfg, **more)
     model = model or lively(SHAPE.build(0))
     terms = objective(model) if objective else lambda batch: {"ce": cross_entropy(model, batch["train"])}
     steps = config.training.steps
-    outcome = train(model, terms, {"train": stream(data, steps=steps)}, config.training, run, evaluate, **options)
+    outcome = train(model, terms, {"train": stream(data, rows, steps)}, config.training, run, evaluate, **options)
     return model, outcome
 
 
@@ -102,7 +103,10 @@ def test_the_loss_falls(tmp_path, data):
 
 def test_terms_sum_to_the_loss_and_are_recorded_by_name(tmp_path, data):
     def two_terms(model):
-        return lambda batch: {"a": cross_entropy(model, batch["train"]), "b": -0.5 * cross_entropy(model, batch["train"])}
+        return lambda batch: {
+            "a": cross_entropy(model, batch["train"]),
+            "b": -0.5 * cross_entropy(model, batch["train"]),
+        }
 
     go(tmp_path, data, objective=two_terms)
     for line in metrics(tmp_path / "tiny/pretrain/x"):

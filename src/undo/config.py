@@ -163,7 +163,7 @@ def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
         if block == "sweep" and rest:
             raw["sweep"] = {**(raw.get("sweep") or {}), rest: value}
         elif block in ("sweep", "variants"):
-            raise ConfigError(f"{key!r} cannot be set as a whole; set sweep.<key>=[...], or choose variants with --only")
+            raise ConfigError(f"{key!r} cannot be set; set sweep.<key>=[...], or choose variants with --only")
         else:
             pinned[key] = value
     variants, sweep = raw.pop("variants", None), raw.pop("sweep", None) or {}
@@ -275,9 +275,10 @@ def _keys_only(location: tuple[str | int, ...], raw: Any) -> list[str]:
     """A place in the user's values: pydantic also names the member of a union that it tried, which is no key."""
     path = []
     for position, part in enumerate(location):
-        inside = isinstance(raw, dict) and part in raw
-        if inside or (isinstance(raw, list) and isinstance(part, int)):
+        if isinstance(raw, dict) and part in raw:
             raw = raw[part]
+        elif isinstance(raw, list) and isinstance(part, int):
+            raw = None  # no block of ours is a list
         elif position + 1 < len(location):
             continue
         path.append(str(part))

@@ -1,0 +1,120 @@
+"""Accuracy by teacher forcing is greedy decoding; cross entropy is the naive one; both through the saved model too."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPE, training
+from test_train import go
+from transformers import AutoTokenizer
+
+from undo.evaluate import Accuracy, TokenCrossEntropy
+from undo.evaluate.accuracy import arg_max_hits, encode, pack_answers, summarise
+from undo.prepare_data.arithmetic import Problem
+from undo.tokens import TokenStore
+
+
+@pytest.fixture(scope="module")
+def half_trained(data, tmp_path_factory):
+    """A model that gets a part of the problems right."""
+    wide = SHAPE.model_copy(update={"hidden_size": 48, "intermediate_size": 96, "init_std": 0.05}).build(0)
+    cfg = training(steps=140, batch_rows=24, learning_rate=1e-2, evaluate_every=140)
+    model, _ = go(tmp_path_factory.mktemp("half"), data, wide, cfg=cfg, rows=24)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def problems(data):
+    return [Problem(**json.loads(line)) for line in (data.folder / "problems.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data):
+    return AutoTokenizer.from_pretrained(data.folder / "tokenizer")
+
+
+def test_teacher_forcing_equals_greedy_decoding(half_trained, problems, tokenizer):
+    with torch.no_grad():
+        hits = np.ones(len(problems), dtype=bool)
+        for tokens, owner in pack_answers(problems, tokenizer, rows=7):
+            np.logical_and.at(hits, owner, arg_max_hits(half_trained, tokens))
+        greedy = []
+        for problem in problems:
+            prompt = tokenizer(problem.prompt, return_tensors="pt")["input_ids"]
+            written = half_trained.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, pad_token_id=0
+            )
+            greedy.append(tokenizer.decode(written[0], skip_special_tokens=True) == problem.text)
+    assert hits.tolist() == greedy
+    assert 0.05 < np.mean(greedy) < 0.95  # both outcomes occur
+
+
+def test_accuracy_does_not_depend_on_how_problems_are_batched(half_trained, data):
+    one, two = (Accuracy(rows=rows).load(data, torch.device("cpu")) for rows in (1, 500))
+    with torch.no_grad():
+        assert one.measure(half_trained) == two.measure(half_trained)
+
+
+def test_groups_by_hand():
+    def problem(operation, form, seen=True):
+        return Problem(operation, form, "1", "2", seen)
+
+    problems = [
+        problem("addition", "equation"),
+        problem("subtraction", "word_problem"),
+        problem("division", "equation"),
+        problem("division", "equation", seen=False),
+    ]
+    assert summarise(problems, np.array([True, False, True, False])) == {
+        "retain": 0.5,
+        "retain/equation": 1.0,
+        "retain/word_problem": 0.0,
+        "forget": 1.0,
+        "forget/equation": 1.0,
+        "forget/unseen": 0.0,
+    }
+
+
+def test_held_out_pairs_are_reported_apart(half_trained, data):
+    with torch.no_grad():
+        measured = Accuracy().load(data, torch.device("cpu")).measure(half_trained)
+    assert {"retain", "forget", "retain/unseen", "forget/unseen"} <= measured.keys()
+
+
+def test_encoding_ends_in_eos_and_counts_the_prompt(problems, tokenizer):
+    ids, prompt = encode(problems[0], tokenizer)
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[:prompt], skip_special_tokens=True) == problems[0].prompt
+    assert tokenizer.decode(ids, skip_special_tokens=True) == problems[0].text  # decoding is exact
+
+
+def test_cross_entropy_is_the_token_weighted_mean(half_trained, data):
+    """One document at a time through Hugging Face's own loss."""
+    with torch.no_grad():
+        measured = TokenCrossEntropy(rows=3).load(data, torch.device("cpu")).measure(half_trained)
+        for role in ("retain", "forget"):
+            store, total, count = TokenStore(data.folder / "validation" / role), 0.0, 0
+            for row in range(len(store)):
+                for piece in store[row]:
+                    ids = torch.from_numpy(piece.astype(np.int64))[None]
+                    n = ids.shape[1] - 1
+                    total += float(half_trained(ids, labels=ids).loss) * n
+                    count += n
+            assert measured[role] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "value", "target", "expected"),
+    [
+        (Accuracy(), 0.95, 1.0, True),
+        (Accuracy(), 0.94, 1.0, False),
+        (Accuracy(), 1.0, 0.9, True),
+        (TokenCrossEntropy(), 2.1, 2.0, True),
+        (TokenCrossEntropy(), 2.11, 2.0, False),
+        (TokenCrossEntropy(), 1.0, 2.0, True),
+    ],
+)
+def test_stop_rule_at_five_percent(evaluation, value, target, expected):
+    assert evaluation.reaches(value, target, 0.05) is expected
