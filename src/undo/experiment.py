@@ -14,6 +14,7 @@ from undo.launch import DeviceShare, Job, check_devices
 from undo.prepare_models import ReducedGemma2
 from undo.run import RunDirectory
 from undo.stage import Stage, TrainingStage
+from undo.tracking import check_token
 
 STAGES: Final = ("prepare", "pretrain", "unlearn", "distill", "undo", "relearn")  # in the order of the pipeline
 
@@ -79,6 +80,7 @@ def check(planned: Sequence[PlannedRun], force: bool) -> None:
     for run in planned:
         execution = run.config.execution
         check_devices(DeviceShare(execution.runs_per_gpu, execution.threads))
+        check_token(run.config)
         for parent in run.config.parents():
             if parent not in names and not run.directory.sibling(parent).done:
                 raise ConfigError(

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Final, Protocol
@@ -159,6 +160,9 @@ class Worker:
             "TOKENIZERS_PARALLELISM": "false" if slot.device == "cpu" else "true",
             **({"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if slot.device == "cpu" else {}),
         }
+        if environment.pop("PYTHONDONTWRITEBYTECODE", None):
+            # Else each process compiles torch and transformers anew, 7 s every time; nothing goes beside the sources.
+            environment["PYTHONPYCACHEPREFIX"] = str(Path(tempfile.gettempdir()) / f"undo-bytecode-{os.getuid()}")
         command = [sys.executable, "-S", "-E", nanny.__file__, *job.command]
         for run in job.runs:
             run.forget_failure()
@@ -193,7 +197,7 @@ def run_jobs(jobs: Sequence[Job], display: Display) -> dict[str, str]:
     Raises KeyboardInterrupt once every process is gone, if SIGINT or SIGTERM came.
     """
     gpus = visible_gpus()
-    waiting, working, failed = list(jobs), list[Worker](), dict[str, str]()
+    waiting, working, failed = most_urgent_first(jobs), list[Worker](), dict[str, str]()
     with _signals_as_interrupt():
         try:
             while waiting or working:
@@ -222,6 +226,20 @@ def run_jobs(jobs: Sequence[Job], display: Display) -> dict[str, str]:
             for worker in working:
                 worker.close()
     return failed
+
+
+def most_urgent_first(jobs: Sequence[Job]) -> list[Job]:
+    """By the number of jobs that must still follow one after the other; equals stay in order."""
+    children: dict[str, list[Job]] = {}
+    for job in jobs:
+        for parent in job.waits_for:
+            children.setdefault(parent, []).append(job)
+
+    @cache
+    def generations(job: Job) -> int:
+        return 1 + max((generations(child) for run in job.runs for child in children.get(run.name, [])), default=0)
+
+    return sorted(jobs, key=generations, reverse=True)
 
 
 def _report(worker: Worker, failed: dict[str, str], display: Display) -> None:

@@ -33,6 +33,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, Self
 from omegaconf import OmegaConf
 
 from undo.config import ConfigError, Raw, StageConfig, as_raw, differences, read_yaml
+from undo.tracking import open_tracker
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,11 +187,13 @@ class Run(RunDirectory):
         self.forget_failure()
         self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115  # until finish()
         self._seconds_before = 0.0
+        self._tracker = open_tracker(self, config)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl. No clock goes in here: an interrupted run must write the same bytes."""
         self._metrics.write(json.dumps({"step": step, **values}).encode() + b"\n")
         self._metrics.flush()
+        self._tracker.log(step, values)
 
     # --- checkpoint ------------------------------------------------------------------------------------------------
 
@@ -250,6 +253,7 @@ class Run(RunDirectory):
         config = self.configured
         parents = {name: self.sibling(name).identity() for name in config.parents()}
         self._metrics.close()
+        self._tracker.finish()
         content = {
             "name": self.name,
             "variant": config.variant,

@@ -1,0 +1,78 @@
+"""Weights & Biases beside metrics.jsonl: off by default, offline or online by `execution.tracking`.
+
+The records on disk are the truth; the tracker gets a copy, and a run never fails because of it being off. Tokens come
+from tokens/wandb_token.txt or WANDB_API_KEY, and go to the tracker's own login only.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from undo.config import ConfigError, StageConfig, as_raw
+
+if TYPE_CHECKING:
+    from undo.run import RunDirectory
+
+TOKENS = Path(__file__).parents[2] / "tokens"
+
+
+class Tracker(Protocol):
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class NoTracker:
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class WandbTracker:
+    """One W&B run for one of ours, with the same name, grouped by stage; a resumed run goes on in the same one."""
+
+    def __init__(self, run: "RunDirectory", config: StageConfig) -> None:
+        import wandb
+
+        online = config.execution.tracking == "online"
+        if online:
+            wandb.login(key=token("wandb_token.txt", "WANDB_API_KEY"), relogin=False)
+        raw = as_raw(config)
+        self._run = wandb.init(
+            project=f"undo-{run.setting}",
+            name=run.name,
+            group=run.name.split("/")[0],
+            id=run.name.replace("/", "-"),
+            resume="allow",
+            mode="online" if online else "offline",
+            dir=run.folder,
+            config=raw,
+        )
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+def token(file: str, variable: str) -> str:
+    """Raises ConfigError that names both places, and neither's content."""
+    path = TOKENS / file
+    value = os.environ.get(variable, "").strip() or (path.read_text().strip() if path.exists() else "")
+    if not value:
+        raise ConfigError(f"no token: put it into tokens/{file}, or set {variable}")
+    return value
+
+
+def check_token(config: StageConfig) -> None:
+    """Before anything is started."""
+    if config.execution.tracking == "online":
+        token("wandb_token.txt", "WANDB_API_KEY")
+
+
+def open_tracker(run: "RunDirectory", config: StageConfig) -> Tracker:
+    return NoTracker() if config.execution.tracking == "off" else WandbTracker(run, config)
