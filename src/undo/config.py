@@ -167,6 +167,8 @@ def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
         else:
             pinned[key] = value
     variants, sweep = raw.pop("variants", None), raw.pop("sweep", None) or {}
+    if "variant" in pinned:  # a variant of the user's own, instead of the file's
+        variants = None
     if not isinstance(variants, dict | None) or not isinstance(sweep, dict):
         raise ConfigError(f"{source}: `variants` and `sweep` must be mappings")
     sweep = {key: values for key, values in sweep.items() if key not in pinned}

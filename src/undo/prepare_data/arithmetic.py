@@ -8,9 +8,10 @@ exist, so as in the paper every one of them occurs in training and validation ac
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import numpy as np
+from pydantic import Field
 
 from undo.config import Count, Frozen, Role, Share
 from undo.prepare_data import templates
@@ -60,6 +61,7 @@ class ArithmeticWorld(Frozen):
     validation_per_cell: Count = 100  # problems for each operation x form
     largest_term: Count = 50  # addition and subtraction use 1..largest_term
     largest_factor: Count = 20  # multiplication and division use 1..largest_factor
+    forms: Annotated[tuple[Form, ...], Field(min_length=1)] = FORMS
     holdout: Share = 0.0  # share of operand pairs that training never sees
     seed: int = 42
 
@@ -85,9 +87,9 @@ class ArithmeticWorld(Frozen):
         return every[~unseen], every[unseen]
 
     def train(self, role: Role) -> Iterator[Problem]:
-        """Half of `problems`, from the role's two operations in turn, each half equations and half word problems."""
+        """Half of `problems`, in equal parts from the role's two operations and the forms, in turn."""
         rng = np.random.default_rng([self.seed, 1, list(OPERATIONS).index(role)])
-        cells = list(itertools.product(OPERATIONS[role], FORMS))
+        cells = list(itertools.product(OPERATIONS[role], self.forms))
         amount = self.problems // (2 * len(cells))
         streams = []
         for operation, form in cells:
@@ -99,7 +101,7 @@ class ArithmeticWorld(Frozen):
     def validation(self, role: Role) -> Iterator[Problem]:
         """Held-out word templates. Pairs as in training; with `holdout`, as many again of the held-out pairs."""
         rng = np.random.default_rng([self.seed, 2, list(OPERATIONS).index(role)])
-        for operation, form in itertools.product(OPERATIONS[role], FORMS):
+        for operation, form in itertools.product(OPERATIONS[role], self.forms):
             for pairs, seen in zip(self.pairs(operation), (True, False), strict=True):
                 if len(pairs) == 0:
                     continue
