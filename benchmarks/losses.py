@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 SOFTCAP = 30.0
 
@@ -34,12 +35,12 @@ def parse() -> argparse.Namespace:
     return arguments.parse_args()
 
 
-def sides(args: argparse.Namespace) -> dict:
+def sides(args: argparse.Namespace) -> dict[str, tuple[Callable[[], float], Callable[[], float]]]:
     """{kind: (baseline, ours)}: functions that do forward and backward once, and return the loss."""
     import torch
-    import torch.nn.functional as F
+    from torch.nn import functional as F  # noqa: N812  # its usual name
 
-    from undo.losses import CrossEntropy, ForwardKL, Head, UniformKL, linear_loss
+    from undo.losses import CrossEntropy, ForwardKL, Head, Target, UniformKL, linear_loss
 
     torch.set_num_threads(args.threads)
     rng = torch.Generator().manual_seed(0)
@@ -85,7 +86,7 @@ def sides(args: argparse.Namespace) -> dict:
         hidden.grad = weight.grad = None
         return loss.item()
 
-    def pair(authors, target):
+    def pair(authors: Callable[[], torch.Tensor], target: Target) -> tuple[Callable[[], float], Callable[[], float]]:
         ours = lambda: step(linear_loss(hidden, Head(weight, SOFTCAP), target) / args.tokens)  # noqa: E731
         return (lambda: step(authors())), ours
 

@@ -16,16 +16,18 @@ import torch
 from conftest import ROOT, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+MODEL = {"hidden_size": 32, "intermediate_size": 64, "heads": 2, "kv_heads": 1}
 SMALL = [  # the demo's own configs, so small that every stage takes a second or two
     "prepare.world={problems: 2000, largest_term: 8, largest_factor: 5, validation_per_cell: 6}",
-    *(f"pretrain.model.{k}={v}" for k, v in {"hidden_size": 32, "intermediate_size": 64, "heads": 2, "kv_heads": 1}.items()),
-    *(f"{s}.training.steps=24" for s in ("pretrain", "distill", "undo")),
-    *(f"{s}.training.batch_rows=4" for s in ("pretrain", "unlearn", "distill", "undo")),
-    "unlearn.training.steps=6",
+    *(f"pretrain.model.{key}={value}" for key, value in MODEL.items()),
+    *(f"{stage}.training.steps=60" for stage in ("pretrain", "distill", "undo")),
+    *(f"{stage}.training.batch_rows=4" for stage in ("pretrain", "unlearn", "distill", "undo")),
+    "unlearn.training.steps=20",
+    "undo.retain_threshold=null",  # a model that has learned nothing would meet it at once
     "relearn.training.steps=6",
     "relearn.training.evaluate_every=2",
-    *(f"{s}.execution.checkpoint_every=3" for s in ("pretrain", "unlearn", "distill", "undo", "relearn")),
-]  # fmt: skip
+    *(f"{stage}.execution.checkpoint_every=3" for stage in ("pretrain", "unlearn", "distill", "undo", "relearn")),
+]
 CHAIN = ("*undo_0.6-lr_8e-03*",)  # one adversary, and with it prepare, reference, unlearn and undo
 
 
@@ -112,12 +114,17 @@ def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("victim", ["launcher", "run"])
+MOMENTS = {  # victim -> after how many records of which run it is killed
+    "launcher": [("pretrain/reference-seed_0", 5), ("unlearn/maxent-lr_2e-03-seed_0", 2), ("undo/undo_0.6-seed_0", 20)],
+    "run": [("pretrain/reference-seed_0", 11)],
+}
+
+
+@pytest.mark.parametrize("victim", MOMENTS)
 def test_killed_at_several_moments_the_same_command_ends_with_the_same_bits(undisturbed, tmp_path, victim):
     """The kill comes at another point of another stage each time; after each, the same command goes on."""
     shutil.copytree(undisturbed / "demo/prepare", tmp_path / "demo/prepare")  # killed while preparing: the next test
-    moments = [("pretrain/reference-seed_0", 5), ("unlearn/maxent-lr_2e-03-seed_0", 3), ("undo/undo_0.6-seed_0", 14)]
-    for name, lines in moments:
+    for name, lines in MOMENTS[victim]:
         command = [sys.executable, str(ROOT / "run_all.py"), "demo", *SMALL, "--runs", str(tmp_path), "--only", *CHAIN]
         launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         records = tmp_path / "demo" / name / "metrics.jsonl"
@@ -268,8 +275,8 @@ def test_bad_input_is_refused_in_a_line_or_three(undisturbed, tmp_path):
     assert "uv run python -m undo.prepare_data demo --only data" in message
     message = refused("run_distill.py", "demo", "--runs", str(undisturbed), "teacher=unlearn/other-seed_0")
     assert "uv run run_unlearn.py demo --only other-seed_0" in message
-    message = refused("run_all.py", "demo", *SMALL, *runs, "--only", *CHAIN, "pretrain.training.steps=25")
-    assert "training.steps: 24 -> 25" in message
+    message = refused("run_all.py", "demo", *SMALL, *runs, "--only", *CHAIN, "pretrain.training.steps=61")
+    assert "training.steps: 60 -> 61" in message
     assert "--force" in message
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused("run_all.py", "demo", "--runs", str(tmp_path / "file"))

@@ -122,7 +122,7 @@ class Results:
             return 1.0
         if unlearned is None or unlearned.last == oracle.last:
             return None
-        return (attacked.last - unlearned.last) / (oracle.last - unlearned.last)
+        return (attacked.last - unlearned.last) / (oracle.last - unlearned.last) + 0.0  # never -0.0
 
     def table(self) -> list[dict[str, Any]]:
         """One row a model and seed; columns as in COLUMNS, None where there is nothing to say.

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -147,7 +147,9 @@ class RunDirectory:
         return None
 
     def fail(self, reason: str) -> None:
-        write_atomically(self.folder / "failure.json", json.dumps({"reason": reason}))
+        """Leave the reason for the launcher, if that is possible: the disk may be what failed."""
+        with suppress(OSError):
+            write_atomically(self.folder / "failure.json", json.dumps({"reason": reason}))
 
     def forget_failure(self) -> None:
         (self.folder / "failure.json").unlink(missing_ok=True)
@@ -178,6 +180,7 @@ class Run(RunDirectory):
     """A run from the inside: the process that executes it holds this."""
 
     _stop_requested = False  # by a signal, for every run of the process
+    _saving = False  # whether a loop is at work that looks at _stop_requested
     _metrics: IO[bytes]
     _started: float
 
@@ -234,10 +237,12 @@ class Run(RunDirectory):
 
     @classmethod
     def stop_on_signals(cls) -> None:
-        """From now on SIGTERM and SIGINT ask the loop to save and leave, instead of ending the process at once."""
+        """From now on SIGTERM and SIGINT ask the loop to save and leave; outside of it they raise Interrupted."""
 
         def request(signum: int, frame: FrameType | None) -> None:
             cls._stop_requested = True
+            if not cls._saving:
+                raise Interrupted
 
         signal.signal(signal.SIGTERM, request)
         signal.signal(signal.SIGINT, request)
@@ -245,6 +250,15 @@ class Run(RunDirectory):
     @property
     def stop_requested(self) -> bool:
         return Run._stop_requested
+
+    @contextmanager
+    def saves_before_it_stops(self) -> Iterator[None]:
+        """Around a loop that looks at `stop_requested` at each step."""
+        Run._saving = True
+        try:
+            yield
+        finally:
+            Run._saving = False
 
     # --- the end ---------------------------------------------------------------------------------------------------
 

@@ -136,10 +136,11 @@ def load_parent(run: Run, name: str) -> "Gemma2ForCausalLM":
 
 def place(model: "Gemma2ForCausalLM") -> "Gemma2ForCausalLM":
     """The same model, on this process's device."""
-    from accelerate import PartialState
     from torch import nn
 
-    nn.Module.to(model, PartialState().device)
+    from undo.train import this_process
+
+    nn.Module.to(model, this_process().device)
     return model
 
 

@@ -32,6 +32,11 @@ class Outcome:
     evaluation: dict[str, float]
 
 
+def this_process() -> PartialState:
+    """Its device, and its place among the processes of the run. Without CUDA: the CPU, on a Mac too."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def learning_rate(cfg: Training, step: int) -> float:
     """The rate of the update from `step` to `step + 1`: linear warm-up that is never 0, then cosine to the minimum."""
     if step < cfg.warmup_steps:
@@ -59,7 +64,7 @@ def train(
     of the checkpoint. Raises Diverged at the first loss or gradient that is not finite, Interrupted once the run has
     been asked to stop and a checkpoint is written, ConfigError for a batch that cannot be split over the devices.
     """
-    devices, execution = PartialState(), run.configured.execution
+    devices, execution = this_process(), run.configured.execution
     assert devices.device is not None
     if cfg.batch_rows < devices.num_processes:
         raise ConfigError(
@@ -71,47 +76,50 @@ def train(
     optimizer = torch.optim.AdamW(weights, cfg.learning_rate, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
     autocast = torch.autocast(devices.device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
     done = _resume(run, model, optimizer, rng)
-    while True:
-        if cfg.evaluates(done.step) and done.evaluated != done.step:
-            with torch.no_grad(), autocast:
-                done.evaluation = evaluate()
-            done.evaluated, done.evaluations = done.step, done.evaluations + 1
-            run.record(done.step, done.evaluation)
-            if done.step > 0 and stop(done.evaluation):  # never on a student that has learned nothing yet
+    with run.saves_before_it_stops():
+        while True:
+            if cfg.evaluates(done.step) and done.evaluated != done.step:
+                with torch.no_grad(), autocast:
+                    done.evaluation = evaluate()
+                done.evaluated, done.evaluations = done.step, done.evaluations + 1
+                run.record(done.step, done.evaluation)
+                if done.step > 0 and stop(done.evaluation):  # never on a student that has learned nothing yet
+                    break
+            if done.step == cfg.steps:
                 break
-        if done.step == cfg.steps:
-            break
-        if run.stop_requested or (done.step > 0 and done.step % execution.checkpoint_every == 0):
-            run.save_checkpoint(_state(model, optimizer, rng), asdict(done))
-            if run.stop_requested:
-                raise Interrupted
+            if run.stop_requested or (done.step > 0 and done.step % execution.checkpoint_every == 0):
+                run.save_checkpoint(_state(model, optimizer, rng), asdict(done))
+                if run.stop_requested:
+                    raise Interrupted
 
-        batch = {name: stream.batch(done.step) for name, stream in streams.items()}
-        with autocast:
-            terms = _backward(objective, batch, execution.micro_rows, devices)
-        _add_up_over_devices([*terms.values(), *(w.grad for w in weights if w.grad is not None)], devices)
-        norm = nn.utils.clip_grad_norm_(weights, math.inf if cfg.clip_norm is None else cfg.clip_norm)
-        *values, norm = torch.stack([*terms.values(), norm]).tolist()  # the step's only synchronisation
-        if not math.isfinite(sum(values) + norm):
-            raise Diverged(done.step)
-        rate = learning_rate(cfg, done.step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-        done.step += 1
-        done.tokens += sum(tokens.input_ids.numel() for tokens in batch.values())
-        by_name = {f"loss/{name}": value for name, value in zip(terms, values, strict=True)}
-        run.record(done.step, {"loss": sum(values), **by_name, "grad_norm": norm, "learning_rate": rate})
+            batch = {name: stream.batch(done.step) for name, stream in streams.items()}
+            terms = _backward(objective, batch, execution.micro_rows, devices, autocast)
+            _add_up_over_devices([*terms.values(), *(w.grad for w in weights if w.grad is not None)], devices)
+            norm = nn.utils.clip_grad_norm_(weights, math.inf if cfg.clip_norm is None else cfg.clip_norm)
+            *values, norm = torch.stack([*terms.values(), norm]).tolist()  # the step's only synchronisation
+            if not math.isfinite(sum(values) + norm):
+                raise Diverged(done.step)
+            rate = learning_rate(cfg, done.step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            done.step += 1
+            done.tokens += sum(tokens.input_ids.numel() for tokens in batch.values())
+            by_name = {f"loss/{name}": value for name, value in zip(terms, values, strict=True)}
+            run.record(done.step, {"loss": sum(values), **by_name, "grad_norm": norm, "learning_rate": rate})
     return Outcome(done.step, done.tokens, done.evaluations, done.evaluation)
 
 
-def _backward(objective: Objective, batch: Batch, micro_rows: int | None, devices: PartialState) -> dict[str, Tensor]:
+def _backward(
+    objective: Objective, batch: Batch, micro_rows: int | None, devices: PartialState, autocast: torch.autocast
+) -> dict[str, Tensor]:
     """Leave this device's part of the batch's gradient in `.grad` -> its part of each term's value."""
     mine = [tokens.rows(devices.process_index, step=devices.num_processes) for tokens in batch.values()]
     terms: dict[str, Tensor] = {}
     for parts in zip(*(tokens.micro_batches(micro_rows) for tokens in mine), strict=True):
-        part = objective({name: tokens.to(devices.device) for name, tokens in zip(batch, parts, strict=True)})
+        with autocast:
+            part = objective({name: tokens.to(devices.device) for name, tokens in zip(batch, parts, strict=True)})
         torch.stack(list(part.values())).sum().backward()
         for name, value in part.items():
             terms[name] = terms.get(name, 0) + value.detach()

@@ -24,7 +24,7 @@ def relearning_curves(results: Results) -> "Figure | str":
         return (
             "no distilled or UNDO model has been attacked; make them with run_distill.py, run_undo.py, run_relearn.py"
         )
-    students.sort(key=lambda a: (alpha_of(a) is None, alpha_of(a) or 0))
+    students.sort(key=lambda a: (alpha_of(a) is None, alpha_of(a) or 0))  # by alpha, distilled last
     oracle = next((a for a in models.values() if a.label == "oracle"), None)
     figure, axes = panels(len(students))
     for axis, student in zip(axes, students, strict=True):
@@ -40,7 +40,8 @@ def relearning_curves(results: Results) -> "Figure | str":
             axis.plot(list(worst), list(worst.values()), color=color, linewidth=2.2, label=describe(attacked))
         axis.set_title(describe(student), fontsize=9)
         axis.set_xlabel("relearning steps", fontsize=8)
-        axis.legend(fontsize=6.5, frameon=False, loc="best")
+    legend = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(legend.values(), legend.keys(), fontsize=8, loc="outside lower center", ncols=6, frameon=False)
     axes[0].set_ylabel(f"forget {students[0].model.unit}", fontsize=8)
     return figure
 

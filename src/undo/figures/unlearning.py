@@ -1,6 +1,6 @@
 """Figure 3: the trade-off of each unlearning method over learning rates."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from undo.results import Result, Results
 
@@ -8,10 +8,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+NAMES: Final = {"graddiff": "GradDiff", "maxent": "MaxEnt", "rmu": "RMU"}
+
+
 def unlearning_tradeoff(results: Results) -> "Figure | str":
     """One panel a method: retain and forget performance over unlearning steps, one line a learning rate.
 
-    Thick: the rate whose model the later stages start from. With several seeds, the first one is drawn.
+    The rates stand above the panel, from light to dark; thick: the one whose model the later stages start from. With
+    several seeds, the first one is drawn.
     """
     from undo.figures.style import COLORS, panels
 
@@ -29,30 +33,25 @@ def unlearning_tradeoff(results: Results) -> "Figure | str":
         members = sorted(members, key=lambda run: run.config["training"]["learning_rate"])
         for rank, run in enumerate(members):
             thick = run.name in chosen
-            for role, marker in (("retain", "-"), ("forget", "--")):
+            for role, style in (("retain", "-"), ("forget", "--")):
                 curve = run.curve(role)
                 axis.plot(
                     list(curve),
                     list(curve.values()),
-                    marker,
+                    style,
                     color=COLORS[role],
-                    linewidth=2.4 if thick else 1.0,
-                    alpha=1 if thick else 0.35 + 0.5 * rank / max(1, len(members) - 1),
+                    linewidth=2.6 if thick else 1.2,
+                    alpha=0.3 + 0.7 * (rank + 1) / len(members),
                 )
-            end = run.curve("forget")
-            rate = f"{run.config['training']['learning_rate']:.0e}".replace("e-0", "e-")
-            axis.annotate(
-                rate, (max(end), end[max(end)]), fontsize=6, xytext=(2, 0), textcoords="offset points", va="center"
-            )
-        axis.set_title(f"{method}, {len(members)} learning rates", fontsize=9)
+        rates = ", ".join(f"{run.config['training']['learning_rate']:g}" for run in members)
+        axis.set_title(f"{NAMES.get(method, method)}\nlearning rates {rates}", fontsize=8)
         axis.set_xlabel("unlearning steps", fontsize=8)
-        axis.margins(x=0.12)
     axes[0].set_ylabel(runs[0].unit, fontsize=8)
     lines = [axes[0].plot([], [], style, color=COLORS[role])[0] for role, style in (("retain", "-"), ("forget", "--"))]
     thick_line = axes[0].plot([], [], "-", color="black", linewidth=2.4)[0]
     figure.legend(
         [*lines, thick_line],
-        ["retain", "forget", "taken as teacher"],
+        ["retain", "forget", "the teacher of later stages"],
         fontsize=8,
         loc="outside lower center",
         ncols=3,
