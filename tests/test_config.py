@@ -102,7 +102,8 @@ def test_refusals_name_the_key_and_the_fix(override, words):
 def test_refusals_of_methods_name_the_key_without_the_union_s_tags():
     message = refusal("method.beta=1", stage="unlearn")
     assert "unknown key 'method.beta'" in message
-    message = refusal("method={name: maxemt}", stage="unlearn")
+    assert "variant=" in refusal("method={name: maxemt}", stage="unlearn")  # all variants have become the same run
+    message = refusal("variant=mine", "method={name: maxemt}", stage="unlearn")
     assert "method" in message
     assert "maxemt" in message
     assert "graddiff" in message

@@ -26,7 +26,7 @@ def test_a_new_method_is_one_file_and_one_name(tmp_path):
     )
     environment = {"PYTHONPATH": str(package.parent)}
     properties = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "GradAscent", str(ROOT / "tests/test_methods.py")],
+        [sys.executable, "-m", "pytest", "-n", "0", "-k", "GradAscent", str(ROOT / "tests/test_methods.py")],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,

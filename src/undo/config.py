@@ -184,7 +184,10 @@ def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
             run = _fill_in(run, _namespace(run), source)
             name = str(run.get("name"))
             if name in runs and isinstance(run["name"], str):
-                raise ConfigError(f"{source}: two runs are named {name!r}; put every swept key into `name`")
+                raise ConfigError(
+                    f"{source}: two runs are named {name!r}; put every swept key into `name`,\n"
+                    f"or give variant=<a name of your own> if the variants are to be left out"
+                )
             runs[name] = run
     return list(runs.values())
 
