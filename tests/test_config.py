@@ -107,7 +107,7 @@ def test_refusals_of_methods_name_the_key_without_the_union_s_tags():
     assert "method" in message
     assert "maxemt" in message
     assert "graddiff" in message
-    message = refusal("method={name: rmu, layer: 0, trained_layers: [0, 1]}", stage="unlearn")
+    message = refusal("variant=mine", "method={name: rmu, layer: 0, trained_layers: [0, 1]}", stage="unlearn")
     assert "trained_layers must name blocks up to layer 0" in message
 
 
