@@ -46,6 +46,12 @@ def test_half_of_each_role_operation_and_form():
     assert len(counts) == 8
 
 
+def test_forms_can_be_chosen():
+    problems = every(ArithmeticWorld(problems=400, forms=("equation",)))
+    assert {p.form for p in problems} == {"equation"}
+    assert len(problems) == 400
+
+
 def test_same_seed_same_problems_another_seed_others():
     again, other = ArithmeticWorld(problems=4000), ArithmeticWorld(problems=4000, seed=1)
     assert every() == every(again)
