@@ -62,8 +62,11 @@ def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
 def main() -> int:
     args = cli.parser("All stages of configs/<setting>/, to the table and the figures.").parse_intermixed_args()
     status = cli.launch(args, planned)
-    if status != 130 and not args.dry_run:
-        run_figures.report(planned(args)[0][0].directory.setting, list(FIGURES), args.runs)
+    if args.dry_run or status == 130:
+        return status
+    setting = planned(args)[0][0].directory.setting
+    if any((args.runs / setting).glob("*/*/run.json")):
+        run_figures.report(setting, list(FIGURES), args.runs)
     return status
 
 
