@@ -113,7 +113,7 @@ def main() -> None:
         return
     for kind, pair in functions.items():
         values = [function() for function in pair]  # warm-up, and parity
-        assert math.isclose(*values, rel_tol=1e-5), (kind, values)
+        assert math.isclose(*values, rel_tol=1e-4), (kind, values)  # fp32 full logits round more: see tests for float64
         seconds: list[list[float]] = [[], []]
         for repeat in range(args.repeats):
             for side in (0, 1) if repeat % 2 else (1, 0):
