@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -93,6 +92,12 @@ def sides(args: argparse.Namespace) -> dict[str, tuple[Callable[[], float], Call
     return {kind: pair(*both) for kind, both in targets.items()}
 
 
+def high_water_kib() -> int:
+    """Of this process image. getrusage would also count what the parent held when it forked."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+
+
 def peak_mib(args: argparse.Namespace, side: int, kind: str) -> float:
     """In a fresh process, so that no earlier peak hides this one."""
     command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", f"{side}:{kind}"]
@@ -107,9 +112,9 @@ def main() -> None:
     functions = sides(args)
     if args.memory_of:
         side, _, kind = args.memory_of.partition(":")
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = high_water_kib()
         functions[kind][int(side)]()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        print((high_water_kib() - before) / 1024)
         return
     for kind, pair in functions.items():
         values = [function() for function in pair]  # warm-up, and parity
