@@ -46,7 +46,6 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleranc
 @every_method
 def test_padding_changes_nothing(method):
     _model, _, objective = setting(method)
-    assert_same(objective(roles()), objective(roles(length=12)))
     short, long = objective(roles()), objective({k: pad(t, 5) for k, t in roles().items()})
     assert_same(short, long)
 
