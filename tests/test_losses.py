@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from undo import losses
-from undo.losses import CrossEntropy, ForwardKL, Head, UniformKL, linear_loss
+from undo.losses import CrossEntropy, ForwardKL, Grid, Head, UniformKL, linear_loss
 from undo.models import hidden_states
 from undo.tokens import IGNORE
 
@@ -43,12 +44,13 @@ def target(kind: str, labels: torch.Tensor, teacher: tuple[torch.Tensor, Head]):
     kind=st.sampled_from(["ce", "uniform", "kl"]),
     tokens=st.integers(0, 9),
     vocabulary=st.integers(2, 40),
-    softcap=st.sampled_from([None, 3.0, 30.0]),
+    softcap=st.sampled_from([None, 3.0, 30.0, 80.0]),
     teacher_softcap=st.sampled_from([None, 30.0]),
-    chunk=st.integers(1, 12),
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 50),
     scale=st.sampled_from([0.1, 1.0, 4.0]),
 )
-def test_equals_the_formula_with_gradients(kind, tokens, vocabulary, softcap, teacher_softcap, chunk, scale):
+def test_equals_the_formula_with_gradients(kind, tokens, vocabulary, softcap, teacher_softcap, rows, columns, scale):
     rng = torch.Generator().manual_seed(tokens * 100 + vocabulary)
 
     def draw(*shape):
@@ -59,13 +61,12 @@ def test_equals_the_formula_with_gradients(kind, tokens, vocabulary, softcap, te
     labels = torch.randint(vocabulary, (tokens,), generator=rng)
     expected = naive(kind, hidden, Head(weight, softcap), labels, teacher)
     expected_grads = torch.autograd.grad(expected, (hidden, weight))
-    before = losses.CHUNK_ELEMENTS
-    losses.CHUNK_ELEMENTS = chunk * vocabulary
-    try:
+    with patch.object(losses, "grid", lambda weight: Grid(rows, columns)):
         got = linear_loss(hidden, Head(weight, softcap), target(kind, labels, teacher))
-    finally:
-        losses.CHUNK_ELEMENTS = before
+        with torch.no_grad():
+            evaluated = linear_loss(hidden, Head(weight, softcap), target(kind, labels, teacher))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(evaluated, expected, rtol=1e-9, atol=1e-9)
     for mine, theirs in zip(torch.autograd.grad(got, (hidden, weight)), expected_grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
 
@@ -78,7 +79,19 @@ def test_gradient_by_finite_differences(kind, softcap):
     weight = torch.randn(7, WIDTH, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(4, 3, dtype=torch.float64), Head(torch.randn(7, 3, dtype=torch.float64), 30.0)
     chosen = target(kind, torch.tensor([0, 3, 6, 3]), teacher)
-    assert torch.autograd.gradcheck(lambda h, w: linear_loss(h, Head(w, softcap), chosen), (hidden, weight))
+
+    def loss() -> torch.Tensor:
+        return linear_loss(hidden, Head(weight, softcap), chosen)
+
+    for tensor, gradient in zip((hidden, weight), torch.autograd.grad(loss(), (hidden, weight)), strict=True):
+        flat = tensor.detach().view(-1)  # shares the memory
+        for i, value in enumerate(flat.tolist()):
+            ends = []
+            for step in (1e-5, -1e-5):
+                flat[i] = value + step
+                ends.append(loss().item())
+            flat[i] = value
+            assert gradient.view(-1)[i].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6, abs=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["ce", "uniform", "kl"])
@@ -92,27 +105,64 @@ def test_single_precision_is_close_to_double(kind):
     torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=0)
 
 
-def test_no_tensor_of_tokens_times_vocabulary(monkeypatch):
-    """The largest tensor any operation makes is a chunk's, however many tokens there are."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-            self.elements = max([self.elements, *sizes])
-            return result
-
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 10 * 300)
-    hidden, weight = torch.randn(200, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
-    teacher = torch.randn(200, 4), Head(torch.randn(300, 4), 30.0)
+def test_single_precision_gradients_are_close_to_double():
+    torch.manual_seed(2)
+    hidden, weight, labels = torch.randn(64, 32) * 3, torch.randn(5000, 32), torch.randint(5000, (64,))
+    teacher = torch.randn(64, 32) * 3, Head(torch.randn(5000, 32), 30.0)
+    double_teacher = teacher[0].double(), Head(teacher[1].weight.double(), 30.0)
     for kind in ("ce", "uniform", "kl"):
-        with Largest() as largest:
-            linear_loss(hidden, Head(weight, 30.0), target(kind, torch.randint(300, (200,)), teacher)).backward()
-        assert largest.elements <= 10 * 300
+        single = [t.clone().requires_grad_() for t in (hidden, weight)]
+        double = [t.double().requires_grad_() for t in (hidden, weight)]
+        linear_loss(single[0], Head(single[1], 30.0), target(kind, labels, teacher)).backward()
+        naive(kind, double[0], Head(double[1], 30.0), labels, double_teacher).backward()
+        for mine, exact in zip(single, double, strict=True):
+            assert (mine.grad.double() - exact.grad).norm() < 1e-5 * exact.grad.norm()
+
+
+def test_autocast_rounds_the_products_only():
+    """bf16 has 8 bits: loss and gradients are near the fp32 ones, and all that is returned is fp32."""
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(5000, 32, requires_grad=True)
+    labels, teacher = torch.randint(5000, (64,)), (torch.randn(64, 32), Head(torch.randn(5000, 32), 30.0))
+    for kind in ("ce", "uniform", "kl"):
+        values = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = linear_loss(hidden, Head(weight, 30.0), target(kind, labels, teacher))
+            values.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+        for exact, rounded in zip(*values, strict=True):
+            assert rounded.dtype == torch.float32
+            error = (rounded - exact).norm() / exact.norm()
+            assert 0 < error < 0.02
+
+
+def test_gradient_is_taken_once():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = linear_loss(hidden, Head(weight, 30.0), UniformKL())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["ce", "uniform", "kl"])
+def test_one_graph_for_the_compiler(kind, monkeypatch):
+    """What a GPU runs: the functions on tiles as whole graphs, without a break, and with the same result."""
+    graphs = []
+
+    def compiled(function):
+        graphs.append(function)
+        return torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+
+    torch.manual_seed(4)
+    hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    chosen = target(kind, torch.randint(50, (20,)), (torch.randn(20, 8), Head(torch.randn(50, 8), 30.0)))
+    monkeypatch.setattr(losses, "grid", lambda weight: Grid(8, 50))
+    plain = linear_loss(hidden, Head(weight, 30.0), chosen)
+    expected = plain, *torch.autograd.grad(plain, (hidden, weight))
+    monkeypatch.setattr(losses, "_fused", compiled)
+    loss = linear_loss(hidden, Head(weight, 30.0), chosen)
+    torch.testing.assert_close((loss, *torch.autograd.grad(loss, (hidden, weight))), expected)
+    assert len(set(graphs)) == 2
 
 
 def test_batch_without_labels_costs_nothing_and_is_zero(model):

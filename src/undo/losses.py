@@ -2,12 +2,15 @@
 
 Logits are formed for a chunk of tokens at a time, and the gradient of the chunk while it is still at hand, so peak
 memory does not grow with the number of tokens. Every loss is a sum over the labelled positions of a batch divided by
-`tokens.total`. Reductions are fp32 (fp64 for fp64 inputs).
+`tokens.total`. Under autocast the products with the head are bf16; whatever is done to logits is fp32 (fp64 for fp64
+inputs). Without gradients the same functions only evaluate.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +18,6 @@ from transformers import Gemma2ForCausalLM
 
 from undo.models import Head, head, hidden_states
 from undo.tokens import IGNORE, Tokens
-
-CHUNK_ELEMENTS = 1 << 25  # logits held at once: 128 MiB in fp32
 
 
 def cross_entropy(model: Gemma2ForCausalLM, tokens: Tokens) -> Tensor:
@@ -51,7 +52,41 @@ def activation_mse(hidden: Tensor, target: Tensor, tokens: Tokens) -> Tensor:
     return (hidden[mask].float() - target.float()).square().mean(-1).sum() / tokens.total
 
 
-# --- from hidden states to a sum over tokens, chunk by chunk -------------------------------------------------------
+# --- from hidden states to a sum over tokens, tile by tile ---------------------------------------------------------
+
+
+class Grid(NamedTuple):
+    """Logits are formed for `rows` tokens at a time, in tiles of `columns` words of the vocabulary."""
+
+    rows: int
+    columns: int
+
+
+def grid(weight: Tensor) -> Grid:
+    """On a CPU a tile stays in the cache for all that is done to it; a GPU wants few and large operations."""
+    vocabulary = weight.shape[0]
+    if weight.is_cuda:
+        return Grid(max(1, (1 << 29) // vocabulary), vocabulary)  # 2 GiB of fp32 logits at once
+    return Grid(min(512, max(1, (1 << 25) // vocabulary)), min(2048, vocabulary))  # 128 MiB at most
+
+
+class Logits:
+    """Logits of a chunk of tokens: `tiles` hold them divided by `scale`, `log_z` is their log-sum-exp, [tokens, 1]."""
+
+    def __init__(self, head: Head, grid: Grid, precision: torch.dtype) -> None:
+        self.softcap, self.scale = head.softcap, head.softcap or 1.0
+        self.weights = [weight.to(precision) for weight in head.weight.split(grid.columns)]
+        shape = len(self.weights), grid.rows, grid.columns  # one buffer for all chunks: fresh memory costs page faults
+        self._buffer = head.weight.new_empty(shape, dtype=torch.promote_types(head.weight.dtype, torch.float32))
+
+    def read(self, hidden: Tensor) -> None:
+        hidden = (hidden / self.scale).to(self.weights[0].dtype)
+        self.tiles, sums = [], []
+        for weight, buffer in zip(self.weights, self._buffer, strict=True):
+            tile = _product(hidden, weight.T, out=buffer[: len(hidden), : len(weight)])
+            sums.append(_fused(_squash)(tile, self.softcap))
+            self.tiles.append(tile)
+        self.log_z = torch.cat(sums, 1).logsumexp(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -59,24 +94,20 @@ class CrossEntropy:
     """-log p(label)."""
 
     labels: Tensor  # [tokens]
+    teacher = None
 
-    def rows(self, chunk: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        labels = self.labels[chunk, None]
-        log_z = logits.logsumexp(-1, keepdim=True)
-        loss = (log_z - logits.gather(1, labels)).squeeze(1)
-        gradient = logits.sub_(log_z).exp_()
-        return loss, gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, -1.0))
+    def pull(self, p: Logits, q: Logits | None, chunk: slice, start: int, i: int, form: "Form") -> "Pull":
+        return _fused(_cross_entropy)(p.tiles[i], p.log_z, p.scale, self.labels[chunk, None] - start, form)
 
 
 @dataclass(frozen=True)
 class UniformKL:
     """KL(U || p) = log-sum-exp(z) - mean(z) - log V."""
 
-    def rows(self, chunk: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        vocabulary = logits.shape[-1]
-        log_z = logits.logsumexp(-1, keepdim=True)
-        loss = log_z.squeeze(1) - logits.mean(-1) - math.log(vocabulary)
-        return loss, logits.sub_(log_z).exp_().sub_(1 / vocabulary)
+    teacher = None
+
+    def pull(self, p: Logits, q: Logits | None, chunk: slice, start: int, i: int, form: "Form") -> "Pull":
+        return _fused(_uniform_kl)(p.tiles[i], p.log_z, p.scale, sum(map(len, p.weights)), form)
 
 
 @dataclass(frozen=True)
@@ -86,60 +117,169 @@ class ForwardKL:
     hidden: Tensor  # [tokens, teacher's hidden]
     head: Head
 
-    def rows(self, chunk: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = project(self.hidden[chunk], self.head)
-        log_q -= log_q.logsumexp(-1, keepdim=True)
-        log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
-        q = log_q.exp()
-        loss = torch.linalg.vecdot(q, log_q.sub_(log_p))
-        return loss, log_p.exp_().sub_(q)
+    @property
+    def teacher(self) -> tuple[Tensor, Head]:
+        return self.hidden, self.head
+
+    def pull(self, p: Logits, q: Logits | None, chunk: slice, start: int, i: int, form: "Form") -> "Pull":
+        assert q is not None
+        return _fused(_forward_kl)(p.tiles[i], p.log_z, p.scale, q.tiles[i], q.log_z, q.scale, form)
+
+
+class Form(NamedTuple):
+    """What is wanted of a tile."""
+
+    gradient: torch.dtype | None  # None: only the loss
+    capped: bool
 
 
 Target = CrossEntropy | UniformKL | ForwardKL
-
-
-def project(hidden: Tensor, head: Head) -> Tensor:
-    """[tokens, hidden] -> logits [tokens, vocabulary], fp32 at least; the product itself follows autocast."""
-    logits = hidden @ head.weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if head.softcap is None else (logits / head.softcap).tanh_().mul_(head.softcap)
+Pull = tuple[Tensor, Tensor | None]  # a tile's share of each token's loss, and the gradient by its products
 
 
 def linear_loss(hidden: Tensor, head: Head, target: Target) -> Tensor:
     """Sum of the target's loss over tokens. hidden: [tokens, width]. Scalar; 0 for no tokens."""
-    return _LinearLoss.apply(hidden, head.weight, head.softcap, target)  # pyright: ignore[reportReturnType]
+    # inside a Function nothing requires a gradient and autocast would be invisible in the backward: settled here
+    kind = hidden.device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.autocast(kind, enabled=False):
+        if not torch.is_grad_enabled():
+            return _sum_of_tiles(hidden, head, target, precision, None, None)
+        return _LinearLoss.apply(hidden, head.weight, head.softcap, target, precision)  # pyright: ignore[reportReturnType]
 
 
 class _LinearLoss(torch.autograd.Function):
+    """The gradients are formed in the forward pass, while a tile's logits are at hand; backward only scales them."""
+
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, softcap: float | None, target: Target) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, softcap: float | None, target: Target, precision: torch.dtype
+    ) -> Tensor:
         with_hidden, with_weight, *_ = ctx.needs_input_grad
-        grad_hidden = torch.empty_like(hidden) if with_hidden else None
-        grad_weight = torch.zeros_like(weight) if with_weight else None
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, hidden.shape[0], rows):
-            chunk = slice(start, start + rows)
-            logits = project(hidden[chunk], Head(weight, softcap))
-            slope = None
-            if softcap is not None and (with_hidden or with_weight):
-                slope = 1 - (logits / softcap).square_()  # of softcap * tanh(z / softcap)
-            loss, grad = target.rows(chunk, logits)
-            total += loss.sum()
-            if slope is not None:
-                grad *= slope
-            grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[chunk] = grad @ weight
-            if grad_weight is not None:
-                grad_weight += grad.T @ hidden[chunk]
-        ctx.save_for_backward(*(g for g in (grad_hidden, grad_weight) if g is not None))
-        ctx.wants = with_hidden, with_weight
-        return total
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        grad_hidden = torch.empty_like(hidden, dtype=exact) if with_hidden else None
+        grad_weight = torch.empty_like(weight, dtype=exact) if with_weight else None
+        ctx.gradients = grad_hidden, grad_weight
+        return _sum_of_tiles(hidden, Head(weight, softcap), target, precision, grad_hidden, grad_weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved = iter(ctx.saved_tensors)
-        grads = [next(saved) * grad_output if wanted else None for wanted in ctx.wants]
-        return grads[0], grads[1], None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradient of a linear loss is scaled in place: it can be taken once only")
+        return *(None if g is None else g.mul_(grad_output) for g in gradients), None, None, None
+
+
+def _sum_of_tiles(
+    hidden: Tensor,
+    head: Head,
+    target: Target,
+    precision: torch.dtype,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+) -> Tensor:
+    """The loss. Its gradients overwrite the two tensors, where they are given."""
+    size = grid(head.weight)
+    form = Form(None if grad_hidden is grad_weight is None else precision, head.softcap is not None)
+    student, teacher = Logits(head, size, precision), None
+    if target.teacher is not None:
+        teacher = Logits(target.teacher[1], size, precision)
+    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    if len(hidden) == 0 and grad_weight is not None:
+        grad_weight.zero_()
+    for first in range(0, len(hidden), size.rows):
+        chunk = slice(first, first + size.rows)
+        student.read(hidden[chunk])
+        if teacher is not None and target.teacher is not None:
+            teacher.read(target.teacher[0][chunk])
+        inputs = hidden[chunk].to(precision)
+        for i, weight in enumerate(student.weights):
+            start = i * size.columns
+            loss, grad = target.pull(student, teacher, chunk, start, i, form)
+            total += loss.sum()
+            if grad is not None and grad_hidden is not None:
+                _add_product(grad_hidden[chunk], grad, weight, anew=i == 0)
+            if grad is not None and grad_weight is not None:
+                _add_product(grad_weight[start : start + len(weight)], grad.T, inputs, anew=first == 0)
+    return total
+
+
+# --- products in `precision` with fp32 results ---------------------------------------------------------------------
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)  # pyright: ignore[reportCallIssue]
+    return out.copy_(torch.mm(a, b))  # a CPU rounds bf16 products
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, anew: bool) -> None:
+    """total += a @ b, or total = a @ b."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=0 if anew else 1)
+    elif anew:
+        _product(a, b, out=total)
+    else:
+        total += torch.mm(a, b, out_dtype=total.dtype) if a.is_cuda else torch.mm(a, b)  # pyright: ignore[reportCallIssue]
+
+
+# --- what is done to a tile of logits. Compiled on a GPU, where every pass over memory counts ----------------------
+
+
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    return _compiled(function) if torch.cuda.is_available() else function
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+def _squash(tile: Tensor, softcap: float | None) -> Tensor:
+    """Products -> logits / scale, in place; returns the log-sum-exp of the logits, [tokens, 1]."""
+    if softcap is None:
+        return tile.logsumexp(1, keepdim=True)
+    if softcap > 64:  # exp could overflow
+        return tile.tanh_().mul(softcap).logsumexp(1, keepdim=True)
+    return tile.tanh_().mul(softcap).exp_().sum(1, keepdim=True).log_()
+
+
+def _probabilities(tile: Tensor, log_z: Tensor, scale: float) -> Tensor:
+    return torch.add(-log_z, tile, alpha=scale).exp_()
+
+
+def _through_softcap(gradient: Tensor, tile: Tensor, form: Form) -> Tensor:
+    if form.capped:
+        gradient = torch.ops.aten.tanh_backward(gradient, tile)
+    return gradient.to(form.gradient)
+
+
+def _cross_entropy(tile: Tensor, log_z: Tensor, scale: float, labels: Tensor, form: Form) -> Pull:
+    """labels: [tokens, 1], counted from the tile's first column; most are in another tile."""
+    here = ((labels >= 0) & (labels < tile.shape[1])).to(tile.dtype)
+    labels = labels.clamp(0, tile.shape[1] - 1)
+    loss = here * (log_z - scale * tile.gather(1, labels))
+    if form.gradient is None:
+        return loss, None
+    return loss, _through_softcap(_probabilities(tile, log_z, scale).scatter_add_(1, labels, -here), tile, form)
+
+
+def _uniform_kl(tile: Tensor, log_z: Tensor, scale: float, vocabulary: int, form: Form) -> Pull:
+    loss = ((log_z[:, 0] - math.log(vocabulary)) * tile.shape[1] - scale * tile.sum(1)) / vocabulary
+    if form.gradient is None:
+        return loss, None
+    return loss, _through_softcap(_probabilities(tile, log_z, scale).sub_(1 / vocabulary), tile, form)
+
+
+def _forward_kl(
+    tile: Tensor, log_z: Tensor, scale: float, teacher: Tensor, teacher_log_z: Tensor, teacher_scale: float, form: Form
+) -> Pull:
+    q = _probabilities(teacher, teacher_log_z, teacher_scale)
+    difference = torch.sub(teacher, tile, alpha=scale / teacher_scale).mul_(q)
+    loss = difference.sum(1) * teacher_scale + (log_z - teacher_log_z)[:, 0] * q.sum(1)
+    if form.gradient is None:
+        return loss, None
+    return loss, _through_softcap(_probabilities(tile, log_z, scale).sub_(q), tile, form)
