@@ -34,7 +34,7 @@ def start(cfg: Distill, run: Run) -> None:
     if cfg.reference is not None:
         student = load_parent(run, cfg.reference)
     else:
-        student = place(shape_of(load_parent(run, cfg.teacher)).build(cfg.seed_for("init")))
+        student = place(shape_of(load_parent(run, cfg.teacher)).build(cfg.seed_for("init")), run)
     distill(cfg, run, student)
 
 

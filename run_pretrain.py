@@ -25,7 +25,7 @@ class Pretrain(TrainingStage):
 def pretrain(cfg: Pretrain, run: Run) -> None:
     from undo.losses import cross_entropy
 
-    model = place(cfg.model.build(cfg.seed_for("init")))
+    model = place(cfg.model.build(cfg.seed_for("init")), run)
     facts = fit(cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])})
     keep(model, cfg, run)
     run.finish(**facts)

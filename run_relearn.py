@@ -29,7 +29,7 @@ def relearn(cfg: Relearn, run: Run) -> None:
 
     model = load_parent(run, cfg.model)
     try:
-        facts = fit(cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])})
+        facts = fit(cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])}, starts_as=cfg.model)
     except Diverged as diverged:  # an attack that breaks the model has not elicited anything: a result
         run.finish(outcome="diverged", steps=diverged.step)
         return

@@ -18,7 +18,7 @@ class Undo(DistillingStage):
 
 def undo(cfg: Undo, run: Run) -> None:
     student = load_parent(run, cfg.teacher)
-    fresh = place(shape_of(student).build(cfg.seed_for("init")))
+    fresh = place(shape_of(student).build(cfg.seed_for("init")), run)
     cfg.noise.apply(student, fresh, generator(cfg.seed_for("noise")))
     distill(cfg, run, student)
 

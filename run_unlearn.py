@@ -34,7 +34,8 @@ def unlearn(cfg: Unlearn, run: Run) -> None:
         weight.requires_grad_(cfg.method.trains(name))
     reference = freeze(load_parent(run, cfg.reference)) if cfg.method.needs_reference else None
     rng = generator(cfg.seed_for("objective"))
-    facts = fit(cfg, run, model, cfg.method.objective(model, reference, rng), rng=rng)
+    objective = cfg.method.objective(model, reference, rng)
+    facts = fit(cfg, run, model, objective, rng=rng, starts_as=cfg.reference)
     keep(model, cfg, run)
     run.finish(**facts)
 

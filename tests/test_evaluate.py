@@ -1,6 +1,8 @@
 """Accuracy by teacher forcing is greedy decoding; cross entropy is the naive one; both through the saved model too."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +13,11 @@ from transformers import AutoTokenizer
 
 from undo.evaluate import Accuracy, TokenCrossEntropy
 from undo.evaluate.accuracy import arg_max_hits, encode, pack_answers, summarise
+from undo.evaluate.evaluator import Measured
+from undo.losses import cross_entropy
 from undo.prepare_data.arithmetic import Problem
+from undo.run import RunDirectory
+from undo.stage import TrainingStage, shared_evaluation
 from undo.tokens import TokenStore
 
 
@@ -37,7 +43,7 @@ def tokenizer(data):
 def test_teacher_forcing_equals_greedy_decoding(half_trained, problems, tokenizer):
     with torch.no_grad():
         hits = np.ones(len(problems), dtype=bool)
-        for tokens, owner in pack_answers(problems, tokenizer, rows=7):
+        for tokens, owner in pack_answers(problems, range(len(problems)), tokenizer, rows=7):
             np.logical_and.at(hits, owner, arg_max_hits(half_trained, tokens))
         greedy = []
         for problem in problems:
@@ -53,7 +59,67 @@ def test_teacher_forcing_equals_greedy_decoding(half_trained, problems, tokenize
 def test_accuracy_does_not_depend_on_how_problems_are_batched(half_trained, data):
     one, two = (Accuracy(rows=rows).load(data, torch.device("cpu")) for rows in (1, 500))
     with torch.no_grad():
-        assert one.measure(half_trained) == two.measure(half_trained)
+        assert one(half_trained, True).values == two(half_trained, True).values
+
+
+def test_a_fixed_evenly_spaced_subset_at_a_share_of_the_cost(half_trained, data, problems):
+    """Every k-th problem, and only those; the whole set still when it is asked for."""
+    chosen = problems[::4]
+    with torch.no_grad():
+        evaluate = Accuracy(subset=len(chosen)).load(data, torch.device("cpu"))
+        part, again, whole = (evaluate(half_trained, full) for full in (False, False, True))
+        assert whole.values == Accuracy().load(data, torch.device("cpu"))(half_trained, True).values
+    assert part == again
+    assert part.values["validation_share"] == pytest.approx(1 / 4, abs=0.01)
+    assert part.tokens < whole.tokens / 3
+    tokenizer = AutoTokenizer.from_pretrained(data.folder / "tokenizer")
+    right = []
+    for problem in chosen:
+        prompt = tokenizer(problem.prompt, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            text = half_trained.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)[0]
+        right.append(tokenizer.decode(text, skip_special_tokens=True) == problem.text)
+    expected = summarise(chosen, np.array(right))
+    assert {key: part.values[key] for key in expected} == expected
+
+
+def test_cross_entropy_on_a_subset_is_that_of_its_rows(half_trained, data):
+    with torch.no_grad():
+        part = TokenCrossEntropy(subset=2, rows=1).load(data, torch.device("cpu"))(half_trained, False)
+        for role in ("retain", "forget"):
+            store = TokenStore(data.folder / "validation" / role)
+            tokens = next(store.batches([0, len(store) // 2], rows=2))
+            assert part.values[role] == pytest.approx(cross_entropy(half_trained, tokens).item(), rel=1e-6)
+    assert part.tokens == 4 * 32
+    assert 0 < part.values["validation_share"] < 0.2
+
+
+def test_an_evaluation_is_made_once_for_all_runs_that_start_from_a_model(data):
+    """Also for those who come while it is being made; another evaluation or precision is another number."""
+    parent = RunDirectory(data.runs, "tiny", "pretrain/parent")
+    parent.folder.mkdir(parents=True)
+    calls = []
+
+    def cfg(evaluation, **settings) -> TrainingStage:
+        blocks = {"data": "prepare/data", "training": training(**settings), "evaluation": evaluation}
+        return TrainingStage.model_validate({"name": "x", **blocks})
+
+    def ask(config, number):
+        def measure():
+            time.sleep(0.2)  # long enough for all others to arrive
+            calls.append(number)
+            return Measured({"retain": number, "forget": 0.0}, 10)
+
+        return shared_evaluation(parent, config, measure)
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda number: ask(cfg(Accuracy()), number), [1.0, 2.0, 3.0, 4.0]))
+    assert len(calls) == 1
+    assert {answer.values["retain"] for answer in answers} == set(calls)
+    assert sorted(answer.tokens for answer in answers) == [0, 0, 0, 10]
+    assert ask(cfg(Accuracy(), learning_rate=0.5), 5.0).values["retain"] == calls[0]  # no business of the evaluation
+    assert ask(cfg(Accuracy(subset=3)), 6.0).values["retain"] == 6.0
+    assert ask(cfg(Accuracy(), precision="bf16"), 7.0).values["retain"] == 7.0
 
 
 def test_groups_by_hand():
@@ -78,7 +144,7 @@ def test_groups_by_hand():
 
 def test_held_out_pairs_are_reported_apart(half_trained, data):
     with torch.no_grad():
-        measured = Accuracy().load(data, torch.device("cpu")).measure(half_trained)
+        measured = Accuracy().load(data, torch.device("cpu"))(half_trained, True).values
     assert {"retain", "forget", "retain/unseen", "forget/unseen"} <= measured.keys()
 
 
@@ -93,7 +159,7 @@ def test_encoding_ends_in_eos_and_counts_the_prompt(problems, tokenizer):
 def test_cross_entropy_is_the_token_weighted_mean(half_trained, data):
     """One document at a time through Hugging Face's own loss."""
     with torch.no_grad():
-        measured = TokenCrossEntropy(rows=3).load(data, torch.device("cpu")).measure(half_trained)
+        measured = TokenCrossEntropy(rows=3).load(data, torch.device("cpu"))(half_trained, True).values
         for role in ("retain", "forget"):
             store, total, count = TokenStore(data.folder / "validation" / role), 0.0, 0
             for row in range(len(store)):

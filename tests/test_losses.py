@@ -136,6 +136,16 @@ def test_autocast_rounds_the_products_only():
             assert 0 < error < 0.02
 
 
+@settings(deadline=None, max_examples=30)
+@given(tokens=st.integers(0, 9), vocabulary=st.integers(2, 40), rows=st.integers(1, 12), columns=st.integers(1, 50))
+def test_most_likely_is_the_arg_max(tokens, vocabulary, rows, columns):
+    rng = torch.Generator().manual_seed(vocabulary)
+    hidden, weight = torch.randn(tokens, WIDTH, generator=rng), torch.randn(vocabulary, WIDTH, generator=rng)
+    with patch.object(losses, "grid", lambda weight: Grid(rows, min(columns, vocabulary))):
+        got = losses.most_likely(hidden, Head(weight, 30.0))
+    assert torch.equal(got, capped(hidden, Head(weight, 30.0)).argmax(-1))
+
+
 def test_gradient_is_taken_once():
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     loss = linear_loss(hidden, Head(weight, 30.0), UniformKL())

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import SHAPE, lively
+from conftest import SHAPE, batch, lively
 from transformers import AutoModelForCausalLM
 
 from undo import models
 from undo.config import ConfigError
+from undo.models import FLEX, hidden_states
 from undo.prepare_models import ReducedGemma2
 from undo.tokens import collate
 
@@ -76,3 +77,23 @@ def test_only_safetensors_are_loaded(tmp_path, data, model):
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="only safetensors"):
         models.load(tmp_path / "model")
+
+
+def test_flex_attention_equals_eager(monkeypatch):
+    """The attention of a GPU, in its unfused form: softcap, packed documents, padding, grouped heads."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr("transformers.integrations.flex_attention.torch.compile", lambda function, **_: function)
+    shape = SHAPE.model_copy(update={"head_dim": 16, "attention_softcap": 2.0})  # so low that it matters
+    model, tokens = lively(shape.build(seed=0)), batch(rows=3, length=150)
+    with torch.no_grad():
+        expected = hidden_states(model, tokens)
+        model.set_attn_implementation(FLEX)
+        got = hidden_states(model, tokens)
+        model.config.attn_logit_softcapping = None
+        for layer in model.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+        uncapped = hidden_states(model, tokens)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert (uncapped - expected).abs().max() > 0.01

@@ -37,7 +37,12 @@ def run_all(runs: Path, *arguments: str, **environment: str) -> subprocess.Compl
 
 def results(runs: Path) -> dict[str, bytes]:
     """What must not depend on how often a run was interrupted: weights and records of all runs."""
-    wanted = [*runs.rglob("metrics.jsonl"), *runs.rglob("model.safetensors"), *runs.rglob("tokens.bin")]
+    wanted = [
+        *runs.rglob("metrics.jsonl"),
+        *runs.rglob("model.safetensors"),
+        *runs.rglob("tokens.bin"),
+        *runs.rglob("evaluations/*.json"),
+    ]
     return {str(path.relative_to(runs)): path.read_bytes() for path in sorted(wanted)}
 
 

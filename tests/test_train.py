@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, SHAPE, execution, lively, metrics, training
 
 from run_pretrain import Pretrain
+from undo.evaluate.evaluator import Measured
 from undo.losses import cross_entropy
 from undo.run import Diverged, Interrupted, Run
 from undo.tokens import MixedStream, TokenStore
@@ -41,7 +42,15 @@ def stream(data, rows=4, steps=6, seed=0) -> MixedStream:
     return MixedStream(stores, {"retain": 0.5, "forget": 0.5}, rows, steps, seed)
 
 
-def go(folder, data, model=None, cfg=None, evaluate=lambda: {"retain": 0.0, "forget": 0.0}, objective=None, **more):
+def go(
+    folder,
+    data,
+    model=None,
+    cfg=None,
+    evaluate=lambda step, full: Measured({"retain": 0.0, "forget": 0.0}, 10),
+    objective=None,
+    **more,
+):
     """One small training -> the model and the outcome."""
     options = {key: more.pop(key) for key in ("rng", "stop") if key in more}
     rows = more.pop("rows", 4)
@@ -86,13 +95,41 @@ def test_evaluations_stand_at_the_top_of_the_step(tmp_path, data):
     assert [line["step"] for line in lines if "retain" in line] == [0, 1, 3, 6, 7]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6, 7]
     assert outcome.steps == 7
-    assert outcome.evaluations == 5
+    assert outcome.evaluation_tokens == 50
     assert outcome.tokens == 7 * 4 * 32
 
 
 def test_stops_at_the_first_evaluation_that_satisfies_but_never_untrained(tmp_path, data):
     _, outcome = go(tmp_path, data, stop=lambda _: True)
     assert outcome.steps == 3  # not 0
+
+
+def test_a_subset_never_stops_a_run(tmp_path, data):
+    """Promising on the subset at steps 2 and 4; the whole set agrees at step 4 only. The last answer is recorded."""
+    asked = []
+
+    def evaluate(step, full):
+        asked.append((step, full))
+        return Measured({"retain": float(not full or step == 4), "forget": 0.0}, 100 if full else 1)
+
+    cfg = training(steps=8, evaluate_every=2, evaluate_fully_at=(6,))
+    _, outcome = go(tmp_path, data, cfg=cfg, evaluate=evaluate, stop=lambda e: e["retain"] == 1)
+    assert asked == [(0, True), (2, False), (2, True), (4, False), (4, True)]
+    assert outcome.steps == 4
+    assert outcome.evaluation_tokens == 302
+    lines = metrics(tmp_path / "tiny/pretrain/x")
+    assert [line["retain"] for line in lines if "retain" in line] == [0.0, 0.0, 1.0]
+
+
+def test_whole_set_first_last_and_at_chosen_steps(tmp_path, data):
+    asked = {}
+
+    def evaluate(step, full):
+        asked[step] = full
+        return Measured({"retain": 0.0, "forget": 0.0}, 1)
+
+    go(tmp_path, data, cfg=training(steps=8, evaluate_every=2, evaluate_fully_at=(5,)), evaluate=evaluate)
+    assert asked == {0: True, 2: False, 4: False, 5: True, 6: False, 8: True}
 
 
 def test_the_loss_falls(tmp_path, data):

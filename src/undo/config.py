@@ -70,6 +70,7 @@ class Training(Frozen):
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; the weights stay fp32
     evaluate_every: Count
     evaluate_at: tuple[int, ...] = ()  # further steps
+    evaluate_fully_at: tuple[int, ...] = ()  # on the whole set, not on evaluation.subset; so are the first and the last
 
     @model_validator(mode="after")
     def _rates_in_order(self) -> Self:
@@ -78,7 +79,10 @@ class Training(Frozen):
         return self
 
     def evaluates(self, step: int) -> bool:
-        return step % self.evaluate_every == 0 or step in self.evaluate_at or step == self.steps
+        return step % self.evaluate_every == 0 or step in self.evaluate_at or self.evaluates_fully(step)
+
+    def evaluates_fully(self, step: int) -> bool:
+        return step in (0, self.steps) or step in self.evaluate_fully_at
 
 
 class Execution(Frozen):
@@ -88,6 +92,7 @@ class Execution(Frozen):
     checkpoint_every: Count = 100  # steps
     runs_per_gpu: Count = 1
     runs_per_process: Count = 1  # runs with the same parents that share a process, one after the other: saves start-up
+    compile: bool | None = None  # the model's body by torch.compile; None: on CUDA, in runs of 1000 steps and more
     threads: Count = 1  # of one run on CPU; cores / threads runs go side by side
     tracking: Literal["off", "offline", "online"] = "off"  # Weights & Biases
 

@@ -7,7 +7,7 @@ inputs). Without gradients the same functions only evaluate.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -40,6 +40,21 @@ def forward_kl(student: Gemma2ForCausalLM, teacher: Gemma2ForCausalLM, tokens: T
     with torch.no_grad():
         target = ForwardKL(hidden_states(teacher, tokens)[mask], head(teacher))
     return linear_loss(hidden_states(student, tokens)[mask], head(student), target) / tokens.total
+
+
+def most_likely(hidden: Tensor, head: Head) -> Tensor:
+    """The arg-max of each token's logits; the softcap is monotone and does not matter. -> int64 [tokens]."""
+    kind, size = hidden.device.type, grid(head.weight)
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.autocast(kind, enabled=False):
+        logits = Logits(head, size, precision)
+        found = [hidden.new_empty(0, dtype=torch.int64)]
+        for chunk in hidden.split(size.rows):
+            best = [tile.max(1) for tile in logits.products(chunk)]
+            values, columns = (torch.stack(part, 1) for part in zip(*best, strict=True))
+            first = values.argmax(1, keepdim=True)  # the tile
+            found.append((columns.gather(1, first) + first * size.columns)[:, 0])
+        return torch.cat(found)
 
 
 def activation_mse(hidden: Tensor, target: Tensor, tokens: Tokens) -> Tensor:
@@ -79,11 +94,15 @@ class Logits:
         shape = len(self.weights), grid.rows, grid.columns  # one buffer for all chunks: fresh memory costs page faults
         self._buffer = head.weight.new_empty(shape, dtype=torch.promote_types(head.weight.dtype, torch.float32))
 
-    def read(self, hidden: Tensor) -> None:
+    def products(self, hidden: Tensor) -> Iterator[Tensor]:
+        """hidden @ weight.T / scale, tile by tile, without the softcap."""
         hidden = (hidden / self.scale).to(self.weights[0].dtype)
-        self.tiles, sums = [], []
         for weight, buffer in zip(self.weights, self._buffer, strict=True):
-            tile = _product(hidden, weight.T, out=buffer[: len(hidden), : len(weight)])
+            yield _product(hidden, weight.T, out=buffer[: len(hidden), : len(weight)])
+
+    def read(self, hidden: Tensor) -> None:
+        self.tiles, sums = [], []
+        for tile in self.products(hidden):
             sums.append(_fused(_squash)(tile, self.softcap))
             self.tiles.append(tile)
         self.log_z = torch.cat(sums, 1).logsumexp(1, keepdim=True)

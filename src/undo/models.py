@@ -1,7 +1,7 @@
 """A causal language model as this project sees it: packed tokens -> hidden states, and the head that reads them."""
 
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,11 @@ from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
 
 from undo.config import ConfigError
 from undo.tokens import Tokens
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+FLEX: Final = "flex_attention"
 
 
 class Head(NamedTuple):
@@ -45,18 +50,45 @@ def hidden_states(model: Gemma2ForCausalLM, tokens: Tokens, layer: int | None = 
     return hidden
 
 
-def _masks(model: Gemma2ForCausalLM, tokens: Tokens) -> dict[str, Tensor]:
-    """Additive [rows, 1, length, length]: a token sees itself and what precedes it in its own document."""
+def _masks(model: Gemma2ForCausalLM, tokens: Tokens) -> "dict[str, Tensor | BlockMask]":
+    """A token sees itself and what precedes it in its own document: the mask for either kind of layer."""
     length, window = tokens.positions.shape[1], model.config.sliding_window
     if window is not None and length > window:
         raise ConfigError(f"rows of {length} tokens are longer than the model's sliding window of {window}")
     document = (tokens.positions == 0).cumsum(1)
-    visible = (document[:, None, :, None] == document[:, None, None, :]).tril()
-    dtype = (
-        torch.get_autocast_dtype(visible.device.type) if torch.is_autocast_enabled(visible.device.type) else model.dtype
-    )
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
+    if model.config._attn_implementation == FLEX:
+        mask = _block_mask(document)
+    else:  # additive, [rows, 1, length, length]
+        device = document.device
+        visible = (document[:, None, :, None] == document[:, None, None, :]).tril()
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
     return {"full_attention": mask, "sliding_attention": mask}
+
+
+def _block_mask(document: Tensor) -> "BlockMask":
+    """Blocks that no token sees are skipped by the kernel. On CUDA the mask is compiled: it is never held densely."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document[row, query] == document[row, key])
+
+    rows, length = document.shape
+    return create_block_mask(sees, rows, None, length, length, document.device, _compile=document.is_cuda)
+
+
+def place(model: Gemma2ForCausalLM, device: torch.device, compiled: bool = False) -> Gemma2ForCausalLM:
+    """The same model on the device, with the attention that is fast there.
+
+    Both honour Gemma-2's softcap: flex attention as a fused kernel (which has no backward pass on a CPU), eager
+    attention everywhere. `compiled` compiles the body at its first call; parameter names stay as they are.
+    """
+    nn.Module.to(model, device)
+    if device.type == "cuda" and model.config.head_dim >= 16:  # the kernel's tiles are 16 wide at least
+        model.set_attn_implementation(FLEX)
+    if compiled:
+        model.model.compile(dynamic=None)  # a second shape makes it dynamic, so that evaluation does not recompile
+    return model
 
 
 def load(folder: Path) -> Gemma2ForCausalLM:

@@ -6,6 +6,7 @@ runs/<setting>/<stage>/<name>/
     log.txt          what the process printed
     checkpoint/      resume state, replaced atomically, gone when the run is done
     model/           a Hugging Face folder
+    evaluations/     of that model, made once for all runs that start from it
     failure.json     why the last attempt failed
     run.json         written last and atomically: its presence means done
 """
@@ -271,7 +272,7 @@ class Run(RunDirectory):
         content = {
             "name": self.name,
             "variant": config.variant,
-            "identity": _hash([_without_execution(as_raw(config)), parents]),
+            "identity": digest([_without_execution(as_raw(config)), parents]),
             "parents": parents,
             **facts,
             "seconds": round(self._seconds_before + time.monotonic() - self._started, 3),
@@ -339,5 +340,6 @@ def _without_execution(raw: Raw) -> Raw:
     return {key: value for key, value in raw.items() if key != "execution"}
 
 
-def _hash(value: Any) -> str:
+def digest(value: Any) -> str:
+    """A short name for any JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,5 +1,7 @@
 """What the stages that train have in common: the rest of their config, and the way from a model to a finished run."""
 
+import fcntl
+import json
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from undo.config import ROLES, ConfigError, Mixture, Role, RunName, StageConfig, Training
+from undo.config import ROLES, ConfigError, Mixture, Role, RunName, StageConfig, Training, as_raw
 from undo.evaluate import Evaluation
+from undo.evaluate.evaluator import Measured
 from undo.prepare_models import ReducedGemma2
-from undo.run import Run, RunDirectory
+from undo.run import Run, RunDirectory, digest, write_atomically
 from undo.tokens import MixedStream, TokenStore
 
 if TYPE_CHECKING:
@@ -56,6 +59,11 @@ class TrainingStage(StageConfig):
         """Of one training step: forward and backward cost 3 forward passes; more where a second model runs along."""
         return 3 * model.forward_flops(length)
 
+    def compiles(self, device: str) -> bool:
+        """Compiling takes half a minute and pays for itself after about a thousand steps (benchmarks/results)."""
+        chosen = self.execution.compile
+        return device == "cuda" and self.training.steps >= 1000 if chosen is None else chosen
+
     def tokens(self, length: int) -> int:
         """Tokens of all steps, padding of packed rows included."""
         return self.training.steps * self.training.batch_rows * len(self.streams()) * length
@@ -67,11 +75,14 @@ def fit(
     model: "Gemma2ForCausalLM",
     objective: "Objective",
     *,
+    starts_as: RunName | None = None,
     rng: "torch.Generator | None" = None,
     stop: "Stop | None" = None,
 ) -> dict[str, Any]:
-    """Train `model` on the config's streams -> the facts for run.json: steps, tokens, FLOPs, evaluation, seeds."""
+    """Train `model` on the config's streams -> the facts for run.json: steps, tokens, FLOPs, evaluation, seeds.
 
+    `starts_as` names the run whose very model this is: its evaluation is made once for all runs that start from it.
+    """
     from undo.train import train
 
     data = run.sibling(cfg.data)
@@ -89,26 +100,52 @@ def fit(
         for index, (name, mixture) in enumerate(cfg.streams().items())
     }
     evaluator = cfg.evaluation.load(data, model.device)
+
+    def evaluate(step: int, full: bool) -> Measured:
+        if step == 0 and starts_as is not None:
+            return shared_evaluation(run.sibling(starts_as), cfg, lambda: evaluator(model, full))
+        return evaluator(model, full)
+
     outcome = train(
         model,
         objective,
         streams,
         training,
         run,
-        lambda: evaluator.measure(model),
+        evaluate,
         rng=rng,
         stop=stop or (lambda _: False),
     )
+    shared_evaluation(run, cfg, lambda: Measured(outcome.evaluation, 0))  # for those who start as this model
     size = shape_of(model)
     return {
         "steps": outcome.steps,
         "tokens": outcome.tokens,
         "flops": cfg.flops_per_token(size, length) * outcome.tokens,
-        "evaluation_flops": size.forward_flops(length) * outcome.evaluations * evaluator.tokens,
+        "evaluation_flops": size.forward_flops(length) * outcome.evaluation_tokens,
         "parameters": size.parameters,
         "evaluation": outcome.evaluation,
         "seeds": {concern: cfg.seed_for(concern) for concern in ("init", "order", "noise", "objective")},
     }
+
+
+def shared_evaluation(of: RunDirectory, cfg: TrainingStage, measure: Callable[[], Measured]) -> Measured:
+    """The evaluation of a run's model as `cfg` wants it: read from the run's folder, or made and left there.
+
+    Whoever comes while it is being made waits for it. What was read cost no tokens.
+    """
+    import torch
+
+    how = [as_raw(cfg.evaluation), of.sibling(cfg.data).identity(), cfg.training.precision, torch.cuda.is_available()]
+    file = of.folder / "evaluations" / f"{digest(how)}.json"
+    file.parent.mkdir(exist_ok=True)
+    with open(file.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if file.exists():
+            return Measured(json.loads(file.read_text()), 0)
+        measured = measure()
+        write_atomically(file, json.dumps(measured.values))
+    return measured
 
 
 def open_store(data: RunDirectory, role: Role) -> TokenStore:
@@ -131,17 +168,18 @@ def load_parent(run: Run, name: str) -> "Gemma2ForCausalLM":
     """The model of another run, on this run's device, in fp32."""
     from undo.models import load
 
-    return place(load(run.sibling(name).model))
+    return place(load(run.sibling(name).model), run)
 
 
-def place(model: "Gemma2ForCausalLM") -> "Gemma2ForCausalLM":
-    """The same model, on this process's device."""
-    from torch import nn
-
+def place(model: "Gemma2ForCausalLM", run: Run) -> "Gemma2ForCausalLM":
+    """The same model, on this process's device, compiled if the run's config says so."""
+    from undo import models
     from undo.train import this_process
 
-    nn.Module.to(model, this_process().device)
-    return model
+    device, cfg = this_process().device, run.configured
+    assert device is not None
+    assert isinstance(cfg, TrainingStage)
+    return models.place(model, device, cfg.compiles(device.type))
 
 
 def generator(seed: int) -> "torch.Generator":

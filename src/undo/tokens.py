@@ -7,7 +7,7 @@ short documents stay whole.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, pairwise
@@ -158,10 +158,10 @@ class TokenStore:
     def tokens(self) -> int:
         return int(self._pieces[-1])
 
-    def batches(self, rows: int) -> Iterator[Tokens]:
-        """All rows once, in order, for evaluation."""
-        for start in range(0, len(self), rows):
-            yield collate((self[i] for i in range(start, min(start + rows, len(self)))), self.length)
+    def batches(self, indices: Sequence[int], rows: int) -> Iterator[Tokens]:
+        """The rows of these indices once, in order, for evaluation."""
+        for start in range(0, len(indices), rows):
+            yield collate((self[i] for i in indices[start : start + rows]), self.length)
 
 
 class MixedStream:

@@ -14,21 +14,22 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from undo.config import ConfigError, Training
+from undo.evaluate.evaluator import Measured
 from undo.run import Diverged, Interrupted, Run
 from undo.tokens import Batch, MixedStream
 
 Objective = Callable[[Batch], dict[str, Tensor]]  # named, already weighted terms; the loss is their sum
-Evaluate = Callable[[], dict[str, float]]
+Evaluate = Callable[[int, bool], Measured]  # of a step, and whether on the whole validation set
 Stop = Callable[[Mapping[str, float]], bool]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished loop says: optimiser steps taken, tokens trained on, evaluations made, and the last of them."""
+    """What a finished loop says: optimiser steps, tokens trained on and evaluated on, and the last evaluation."""
 
     steps: int
     tokens: int
-    evaluations: int
+    evaluation_tokens: int
     evaluation: dict[str, float]
 
 
@@ -79,11 +80,9 @@ def train(
     with run.saves_before_it_stops():
         while True:
             if cfg.evaluates(done.step) and done.evaluated != done.step:
-                with torch.no_grad(), autocast:
-                    done.evaluation = evaluate()
-                done.evaluated, done.evaluations = done.step, done.evaluations + 1
+                reached = _evaluate(evaluate, cfg, done, autocast, stop)
                 run.record(done.step, done.evaluation)
-                if done.step > 0 and stop(done.evaluation):  # never on a student that has learned nothing yet
+                if reached:
                     break
             if done.step == cfg.steps:
                 break
@@ -108,7 +107,23 @@ def train(
             done.tokens += sum(tokens.input_ids.numel() for tokens in batch.values())
             by_name = {f"loss/{name}": value for name, value in zip(terms, values, strict=True)}
             run.record(done.step, {"loss": sum(values), **by_name, "grad_norm": norm, "learning_rate": rate})
-    return Outcome(done.step, done.tokens, done.evaluations, done.evaluation)
+    return Outcome(done.step, done.tokens, done.evaluation_tokens, done.evaluation)
+
+
+def _evaluate(evaluate: Evaluate, cfg: Training, done: "_Progress", autocast: torch.autocast, stop: Stop) -> bool:
+    """Write the evaluation of this step down in `done`; return whether to stop.
+
+    Never on a student that has learned nothing yet, and never on what a subset says: then the whole set is asked.
+    """
+    full = cfg.evaluates_fully(done.step)
+    with torch.no_grad(), autocast:
+        while True:
+            done.evaluation, tokens = evaluate(done.step, full)
+            done.evaluated, done.evaluation_tokens = done.step, done.evaluation_tokens + tokens
+            reached = done.step > 0 and stop(done.evaluation)
+            if full or not reached:
+                return reached
+            full = True
 
 
 def _backward(
@@ -140,8 +155,8 @@ class _Progress:
     step: int = 0
     evaluated: int = -1  # the step of the last evaluation
     evaluation: dict[str, float] = field(default_factory=dict)
-    evaluations: int = 0
     tokens: int = 0
+    evaluation_tokens: int = 0
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, rng: torch.Generator | None) -> dict[str, Tensor]:

@@ -6,13 +6,14 @@ The softcap is monotone and is left out.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
 from undo.config import ConfigError
-from undo.evaluate.evaluator import EvaluationConfig, Evaluator
+from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured
 from undo.prepare_data.arithmetic import Problem
 from undo.run import RunDirectory
 from undo.tokens import IGNORE, Tokens, best_fit, collate
@@ -20,8 +21,6 @@ from undo.tokens import IGNORE, Tokens, best_fit, collate
 if TYPE_CHECKING:
     import torch
     from transformers import Gemma2ForCausalLM, PreTrainedTokenizerBase
-
-LOGITS = 1 << 24  # at once
 
 
 class Accuracy(EvaluationConfig):
@@ -37,15 +36,24 @@ class Accuracy(EvaluationConfig):
         lines = (data.folder / "problems.jsonl").read_text().splitlines()
         problems = [Problem(**json.loads(line)) for line in lines]
         tokenizer = AutoTokenizer.from_pretrained(data.folder / "tokenizer")
-        batches = [(tokens.to(device), owner) for tokens, owner in pack_answers(problems, tokenizer, self.rows)]
+        subset, rest = (
+            [(tokens.to(device), owner) for tokens, owner in pack_answers(problems, indices, tokenizer, self.rows)]
+            for indices in self.split(len(problems))
+        )
 
-        def measure(model: "Gemma2ForCausalLM") -> dict[str, float]:
-            wrong = np.zeros(len(problems), dtype=np.int64)
+        def measure(model: "Gemma2ForCausalLM", full: bool) -> Measured:
+            right = np.ones(len(problems), dtype=bool)
+            seen = np.zeros(len(problems), dtype=bool)
+            batches = subset + rest if full else subset
             for tokens, owner in batches:
-                np.add.at(wrong, owner, ~arg_max_hits(model, tokens))
-            return summarise(problems, wrong == 0)
+                seen[owner] = True
+                right[owner[~arg_max_hits(model, tokens)]] = False
+            values = summarise(list(compress(problems, seen)), right[seen])
+            if not seen.all():
+                values[SHARE] = seen.mean().item()
+            return Measured(values, sum(tokens.input_ids.numel() for tokens, _ in batches))
 
-        return Evaluator(measure, sum(tokens.input_ids.numel() for tokens, _ in batches))
+        return measure
 
 
 def summarise(problems: list[Problem], hits: np.ndarray) -> dict[str, float]:
@@ -72,12 +80,12 @@ def encode(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> tuple[np.n
 
 
 def pack_answers(
-    problems: list[Problem], tokenizer: "PreTrainedTokenizerBase", rows: int
+    problems: Sequence[Problem], indices: Sequence[int], tokenizer: "PreTrainedTokenizerBase", rows: int
 ) -> Iterable[tuple[Tokens, np.ndarray]]:
     """Batches of packed problems in which only answer tokens have labels, and for each label its problem's index."""
-    encoded = [encode(problem, tokenizer) for problem in problems]
+    encoded = [encode(problems[index], tokenizer) for index in indices]
     lengths = np.array([len(ids) for ids, _ in encoded])
-    bins = best_fit(lengths, int(lengths.max()))
+    bins = best_fit(lengths, int(lengths.max(initial=0)))
     for start in range(0, len(bins), rows):
         part = bins[start : start + rows]
         tokens, owner = collate([encoded[i][0] for i in row] for row in part), []
@@ -85,21 +93,15 @@ def pack_answers(
             begin = 0
             for i in row:
                 labels[begin : begin + encoded[i][1] - 1] = IGNORE  # the last of these predicts a token of the prompt
-                owner += [i] * (len(encoded[i][0]) - encoded[i][1])
+                owner += [indices[i]] * (len(encoded[i][0]) - encoded[i][1])
                 begin += len(encoded[i][0])
         yield tokens, np.array(owner)
 
 
 def arg_max_hits(model: "Gemma2ForCausalLM", tokens: Tokens) -> np.ndarray:
     """For each label, in order: is it the most likely token? bool [labels]."""
-    from undo.models import hidden_states
+    from undo.losses import most_likely
+    from undo.models import head, hidden_states
 
     mask = tokens.labels != IGNORE
-    hidden, labels, weight = hidden_states(model, tokens)[mask], tokens.labels[mask], model.lm_head.weight
-    rows = max(1, LOGITS // weight.shape[0])
-    return np.concatenate(
-        [
-            ((h @ weight.T).argmax(-1) == y).cpu().numpy()
-            for h, y in zip(hidden.split(rows), labels.split(rows), strict=True)
-        ]
-    )
+    return (most_likely(hidden_states(model, tokens)[mask], head(model)) == tokens.labels[mask]).cpu().numpy()

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from undo.config import Count
-from undo.evaluate.evaluator import EvaluationConfig, Evaluator
+from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured
 from undo.run import RunDirectory
 from undo.tokens import TokenStore
 
@@ -22,17 +22,28 @@ class TokenCrossEntropy(EvaluationConfig):
     rows: Count = 16
 
     def load(self, data: RunDirectory, device: "torch.device") -> Evaluator:
-        batches = {
-            role: [tokens.to(device) for tokens in TokenStore(data.folder / "validation" / role).batches(self.rows)]
-            for role in ("retain", "forget")
-        }
+        parts = {}  # role -> batches of the subset, batches of the rest
+        for role in ("retain", "forget"):
+            store = TokenStore(data.folder / "validation" / role)
+            parts[role] = [
+                [tokens.to(device) for tokens in store.batches(indices, self.rows)]
+                for indices in self.split(len(store))
+            ]
 
-        def measure(model: "Gemma2ForCausalLM") -> dict[str, float]:
+        whole = sum(t.total for both in parts.values() for some in both for t in some)
+
+        def measure(model: "Gemma2ForCausalLM", full: bool) -> Measured:
+            import torch
+
             from undo.losses import cross_entropy
 
-            return {
-                role: sum(float(cross_entropy(model, t)) * t.total for t in parts) / sum(t.total for t in parts)
-                for role, parts in batches.items()
-            }
+            batches = {role: subset + rest if full else subset for role, (subset, rest) in parts.items()}
+            sums = [torch.stack([cross_entropy(model, t) * t.total for t in some]).sum() for some in batches.values()]
+            totals = [sum(t.total for t in some) for some in batches.values()]
+            by_role = zip(batches, torch.stack(sums).tolist(), totals, strict=True)
+            values = {role: value / total for role, value, total in by_role}
+            if (share := sum(totals) / whole) < 1:
+                values[SHARE] = share
+            return Measured(values, sum(t.input_ids.numel() for some in batches.values() for t in some))
 
-        return Evaluator(measure, sum(t.input_ids.numel() for parts in batches.values() for t in parts))
+        return measure

@@ -1,7 +1,9 @@
 """What every evaluation has."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
+
+import numpy as np
 
 from undo.config import Count, Frozen
 from undo.run import RunDirectory
@@ -11,11 +13,18 @@ if TYPE_CHECKING:
     from transformers import Gemma2ForCausalLM
 
 
-class Evaluator(NamedTuple):
-    """`measure(model)` -> named numbers, always with `retain` and `forget`; `tokens` is how many one call reads."""
+SHARE: Final = "validation_share"  # how much of the set was used; stands beside the numbers of a subset
 
-    measure: "Callable[[Gemma2ForCausalLM], dict[str, float]]"
+
+class Measured(NamedTuple):
+    """Named numbers, always with `retain` and `forget`, and what it took."""
+
+    values: dict[str, float]
     tokens: int
+
+
+# Given the model, and whether to use the whole validation set or the config's fixed subset of it.
+Evaluator = Callable[["Gemma2ForCausalLM", bool], Measured]
 
 
 class EvaluationConfig(Frozen):
@@ -25,6 +34,7 @@ class EvaluationConfig(Frozen):
     unit: ClassVar[str]  # for axes and tables
 
     rows: Count = 256  # packed rows in one forward pass
+    subset: Count | None = None  # size of the fixed subset for periodic evaluations; None: always the whole set
 
     def load(self, data: RunDirectory, device: "torch.device") -> Evaluator:
         """Read the validation data of a prepare run, tokenise what must be tokenised, once."""
@@ -33,3 +43,10 @@ class EvaluationConfig(Frozen):
     def reaches(self, value: float, target: float, tolerance: float) -> bool:
         """Whether `value` is within `tolerance` (a share of `target`) of the target, or better."""
         return value >= target * (1 - tolerance) if self.higher_is_better else value <= target * (1 + tolerance)
+
+    def split(self, size: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Indices of the subset, evenly spaced over the set, and of the rest: a full evaluation reads both."""
+        if self.subset is None or self.subset >= size:
+            return range(size), ()
+        chosen = np.linspace(0, size, self.subset, endpoint=False).astype(int).tolist()
+        return chosen, sorted(set(range(size)).difference(chosen))
