@@ -30,8 +30,8 @@ def test_every_token_is_kept_in_its_document_s_order(documents, tmp_path_factory
     assert all(sum(map(len, store[i])) <= 16 for i in range(len(store)))
 
 
-@pytest.mark.parametrize(("vocabulary", "bytes_each"), [(1000, 2), (256_000, 4)])
-def test_small_vocabularies_take_two_bytes_a_token(tmp_path, vocabulary, bytes_each):
+@pytest.mark.parametrize(("vocabulary", "bytes_each"), [(200, 2), (1 << 16, 2), ((1 << 16) + 1, 3), (256_000, 3)])
+def test_a_token_takes_as_few_bytes_as_the_vocabulary_needs(tmp_path, vocabulary, bytes_each):
     pack([np.full(300, vocabulary - 1)], tmp_path / "s", 64, vocabulary)
     assert (tmp_path / "s" / "tokens.bin").stat().st_size == 300 * bytes_each
     assert int(TokenStore(tmp_path / "s")[0][0][0]) == vocabulary - 1

@@ -5,6 +5,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from undo.experiment import PlannedRun
 from undo.run import RunDirectory
 from undo.stage import TrainingStage
 
-TAIL_BYTES = 8192  # enough of metrics.jsonl to hold the last step and the last evaluation
+TAIL_BYTES = 8192  # enough to hold the last step and the last evaluation of metrics.jsonl
 
 
 class LiveTable:
@@ -95,7 +96,9 @@ class LiveTable:
         if self._state[name] not in ("running", "done"):
             return ("",) * 5
         config, last = self._planned[name].config, _last(self._planned[name].directory)
-        if not isinstance(config, TrainingStage) or not last:
+        if not isinstance(config, TrainingStage):
+            return (_last_line(self._planned[name].directory.log), *("",) * 4)
+        if not last:
             return ("",) * 5
         step, steps = last["step"], config.training.steps
         left = ""
@@ -109,17 +112,26 @@ class LiveTable:
         return (f"{step}/{steps}", *numbers, left)
 
 
-def _last(run: RunDirectory) -> dict[str, Any]:
-    """The latest value of every key in the last lines of the run's metrics."""
+def _tail(path: Path) -> list[bytes]:
+    """The complete lines at the end of a file; the first of them may be torn."""
     try:
-        with open(run.folder / "metrics.jsonl", "rb") as file:
+        with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - TAIL_BYTES))
-            lines = file.read().split(b"\n")
+            return file.read().split(b"\n")[:-1]
     except OSError:
-        return {}
+        return []
+
+
+def _last_line(path: Path) -> str:
+    """What a run that trains nothing said last."""
+    return next((line.decode(errors="replace") for line in reversed(_tail(path)) if line.strip()), "")
+
+
+def _last(run: RunDirectory) -> dict[str, Any]:
+    """The latest value of every key in the last lines of the run's metrics."""
     merged: dict[str, Any] = {}
-    for line in lines[:-1]:
+    for line in _tail(run.folder / "metrics.jsonl"):
         try:
             merged |= json.loads(line)
         except ValueError:  # the first line of the tail is rarely whole

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import chain, islice
@@ -20,7 +21,7 @@ from undo.tokens import TokenStore, pack
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXTS_AT_ONCE = 10_000
+TEXTS_AT_ONCE = 4096
 
 
 class WordTokenizer(Frozen):
@@ -51,11 +52,8 @@ def prepare(cfg: Prepare, run: Run) -> None:
     stores: dict[str, TokenStore] = {}
     for role in OPERATIONS:
         validation = (p.text for p in problems if p.role == role and p.seen)
-        stores[f"train/{role}"] = _store(
-            (p.text for p in cfg.world.train(role)), tokenizer, run.folder / "train" / role, cfg
-        )
-        stores[f"validation/{role}"] = _store(validation, tokenizer, run.folder / "validation" / role, cfg)
-        print(f"{role}: {stores[f'train/{role}'].tokens:,} training tokens")
+        for name, texts in (("train", (p.text for p in cfg.world.train(role))), ("validation", validation)):
+            stores[f"{name}/{role}"] = _store(texts, tokenizer, run.folder / name / role, cfg)
     run.finish(
         vocab_size=len(tokenizer),
         tokens={name: store.tokens for name, store in stores.items()},
@@ -67,15 +65,24 @@ def _store(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", folder: P
     """Pack texts; what an interrupted run had finished is kept."""
     if folder.exists():
         return TokenStore(folder)
-    return pack(documents(texts, tokenizer), folder, cfg.length, cfg.tokenizer.vocab_size)
+    label = f"{folder.parent.name}/{folder.name}"
+    return pack(documents(texts, tokenizer, label), folder, cfg.length, cfg.tokenizer.vocab_size)
 
 
-def documents(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[np.ndarray]:
-    """<bos> text <eos>, as int64 arrays, tokenised many at a time."""
+def documents(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", label: str) -> Iterator[np.ndarray]:
+    """<bos> text <eos>, as int64 arrays; progress is printed, and so stands in the launcher's table.
+
+    Many texts at a time: the tokenizer then works on all cores (its own threads; 1.8 times one core's speed on two).
+    """
     texts, bos, eos = iter(texts), tokenizer.bos_token_id, tokenizer.eos_token_id
+    begin, count, tokens = time.monotonic(), 0, 0
     while some := list(islice(texts, TEXTS_AT_ONCE)):
-        for ids in tokenizer(some, add_special_tokens=False)["input_ids"]:
-            yield np.array([bos, *ids, eos])
+        encoded = tokenizer(some, add_special_tokens=False)["input_ids"]
+        count, tokens = count + len(encoded), tokens + sum(map(len, encoded)) + 2 * len(encoded)
+        speed = tokens / max(time.monotonic() - begin, 1e-9)
+        print(f"{label}: {count:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s", flush=True)
+        for ids in encoded:
+            yield np.array([bos, *ids, eos], dtype=np.uint32)
 
 
 STAGE = Stage("prepare", Prepare, prepare, ("-m", "undo.prepare_data"))
