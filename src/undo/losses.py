@@ -142,7 +142,8 @@ class ForwardKL:
 
     def pull(self, p: Logits, q: Logits | None, chunk: slice, start: int, i: int, form: "Form") -> "Pull":
         assert q is not None
-        return _fused(_forward_kl)(p.tiles[i], p.log_z, p.scale, q.tiles[i], q.log_z, q.scale, form)
+        share = len(p.weights[i]) / sum(map(len, p.weights))
+        return _fused(_forward_kl)(p.tiles[i], p.log_z, p.scale, q.tiles[i], q.log_z, q.scale, share, form)
 
 
 class Form(NamedTuple):
@@ -294,11 +295,19 @@ def _uniform_kl(tile: Tensor, log_z: Tensor, scale: float, vocabulary: int, form
 
 
 def _forward_kl(
-    tile: Tensor, log_z: Tensor, scale: float, teacher: Tensor, teacher_log_z: Tensor, teacher_scale: float, form: Form
+    tile: Tensor,
+    log_z: Tensor,
+    scale: float,
+    teacher: Tensor,
+    teacher_log_z: Tensor,
+    teacher_scale: float,
+    share: float,
+    form: Form,
 ) -> Pull:
+    """`share` of the vocabulary is in the tile: what does not depend on the word is spread over the tiles."""
     q = _probabilities(teacher, teacher_log_z, teacher_scale)
     difference = torch.sub(teacher, tile, alpha=scale / teacher_scale).mul_(q)
-    loss = difference.sum(1) * teacher_scale + (log_z - teacher_log_z)[:, 0] * q.sum(1)
+    loss = difference.sum(1) * teacher_scale + (log_z - teacher_log_z)[:, 0] * share
     if form.gradient is None:
         return loss, None
     return loss, _through_softcap(_probabilities(tile, log_z, scale).sub_(q), tile, form)

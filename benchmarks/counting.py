@@ -1,0 +1,69 @@
+"""Deterministic costs, without a clock or a GPU: kernels, and bytes through tensors of logits. CI holds them down.
+
+Every operation that PyTorch dispatches is one kernel, views and metadata left out. A pass is one reading or writing of
+[tokens, vocabulary] in fp32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+INSIDE = {  # further passes within an operation that is dispatched as one: max, subtract, exp, sum
+    torch.ops.aten.logsumexp.default: 5,
+}
+
+
+class Counter(TorchDispatchMode):
+    """Counts while it is entered. A tensor counts as logits if it has at least `logits` elements."""
+
+    def __init__(self, logits: int = 1 << 62) -> None:
+        super().__init__()
+        self.logits = logits
+        self.kernels = 0
+        self.logits_bytes = 0
+        self.largest = 0  # elements of the largest tensor made
+        self.shapes: set[tuple[int, ...]] = set()  # of all tensors made
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = _tensors(result)
+        taken = _tensors((args, {key: value for key, value in (kwargs or {}).items() if key != "out"}))
+        memory = {_address(t) for t in taken}
+        if (made and func.is_view) or func is torch.ops.aten.detach.default:
+            return result
+        self.kernels += 1
+        self.shapes |= {tuple(t.shape) for t in made}
+        self.largest = max([self.largest, *(t.numel() for t in made if _address(t) not in memory)])
+        if func in ALLOCATIONS:
+            return result
+        moved = [t for t in (*taken, *made) if t.numel() >= self.logits]
+        size = sum(t.numel() * t.element_size() for t in moved)
+        self.logits_bytes += size * (1 + INSIDE.get(func, 0))
+        return result
+
+
+ALLOCATIONS = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.empty_like.default,
+}
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def passes(loss: Callable[[], torch.Tensor], tokens: int, vocabulary: int) -> float:
+    """fp32 passes over [tokens, vocabulary] of a loss's forward and backward."""
+    with Counter(logits=round(0.9 * tokens * vocabulary)) as counter:
+        loss().backward()
+    return counter.logits_bytes / (4 * tokens * vocabulary)

@@ -1,0 +1,146 @@
+"""What a step and an evaluation cost, counted operation by operation: no clock, the same on every machine."""
+
+import baseline
+import pytest
+import torch
+from conftest import SHAPE, batch, lively
+from counting import Counter, passes
+from transformers import AutoTokenizer
+
+from undo import losses
+from undo.evaluate.accuracy import arg_max_hits, pack_answers
+from undo.losses import CrossEntropy, ForwardKL, Grid, Head, UniformKL, linear_loss
+from undo.methods import RMU
+from undo.models import freeze
+from undo.prepare_data.arithmetic import ArithmeticWorld
+from undo.tokens import IGNORE
+
+TOKENS, VOCABULARY, WIDTH = 64, 4000, 8  # the head's weights are far smaller than the logits
+
+
+@pytest.fixture
+def drawn():
+    torch.manual_seed(0)
+    shapes = {"hidden": (TOKENS, WIDTH), "weight": (VOCABULARY, WIDTH)}
+    student = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
+    teacher = {name: torch.randn(shape) for name, shape in shapes.items()}
+    return student, teacher, torch.randint(VOCABULARY, (TOKENS,))
+
+
+def test_the_counter_by_hand():
+    """exp reads and writes, exp_ too, a product in place with out= writes once, a view moves nothing."""
+    a = torch.randn(10, 100)
+    with Counter(logits=1000) as counter:
+        b = a.exp()
+        b.exp_()
+        b.view(100, 10)
+        torch.mm(torch.randn(10, 3), torch.randn(3, 100), out=b)
+        b.sum(1)
+    assert counter.logits_bytes == 4 * 1000 * (2 + 2 + 1 + 1)
+    assert counter.kernels == 4 + 2  # two random tensors
+    assert counter.largest == 1000
+
+
+def test_passes_over_the_logits(drawn, monkeypatch):
+    """Forward and backward in eager torch. The authors' own code was counted at 62, 29 and 44."""
+    student, teacher, labels = drawn
+    monkeypatch.setattr(losses, "grid", lambda weight: Grid(TOKENS, VOCABULARY))
+    targets = {
+        "kl": ForwardKL(teacher["hidden"], Head(teacher["weight"], 30.0)),
+        "ce": CrossEntropy(labels),
+        "uniform": UniformKL(),
+    }
+    ours = {
+        kind: passes(
+            lambda t=target: linear_loss(student["hidden"], Head(student["weight"], 30.0), t), TOKENS, VOCABULARY
+        )
+        for kind, target in targets.items()
+    }
+    assert ours["kl"] <= 40
+    assert ours["ce"] <= 21
+    assert ours["uniform"] <= 21
+
+    def logits(of):
+        return baseline.capped(of["hidden"], of["weight"])[None]
+
+    def plain_kl():
+        with torch.no_grad():
+            target = logits(teacher)
+        return baseline.forward_kl(target, logits(student), torch.ones(1, TOKENS, dtype=torch.bool))
+
+    plain = {
+        "kl": passes(plain_kl, TOKENS, VOCABULARY),
+        "ce": passes(lambda: baseline.cross_entropy(logits(student), labels), TOKENS, VOCABULARY),
+        "uniform": passes(lambda: baseline.uniform_kl(logits(student)), TOKENS, VOCABULARY),
+    }
+    assert all(plain[kind] > ours[kind] for kind in ours), (plain, ours)
+
+
+def test_the_plain_losses_are_the_same_numbers(drawn):
+    """Otherwise the ratios of the benchmarks would compare different things."""
+    student, teacher, labels = drawn
+    p, q = (baseline.capped(of["hidden"], of["weight"])[None] for of in (student, teacher))
+    head = Head(student["weight"], 30.0)
+    target = ForwardKL(teacher["hidden"], Head(teacher["weight"], 30.0))
+    pairs = [
+        (baseline.forward_kl(q, p, torch.ones(1, TOKENS, dtype=torch.bool)), target),
+        (baseline.cross_entropy(p, labels), CrossEntropy(labels)),
+        (baseline.uniform_kl(p), UniformKL()),
+    ]
+    for plain, target in pairs:
+        torch.testing.assert_close(linear_loss(student["hidden"], head, target) / TOKENS, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce", "uniform", "evaluation"])
+def test_nothing_grows_with_tokens_times_vocabulary(loss, monkeypatch):
+    """The largest tensor of a whole step, head and embedding included, is a chunk of logits: 8 rows here."""
+    shape = SHAPE.model_copy(update={"vocab_size": 3000})
+    student, teacher = lively(shape.build(0)), freeze(lively(shape.build(1)))
+    monkeypatch.setattr(losses, "grid", lambda weight: Grid(20, 700))
+    tokens = batch(rows=16, vocab_size=3000)
+    assert tokens.total > 80
+    with Counter() as counter:
+        if loss == "kl":
+            losses.forward_kl(student, teacher, tokens).backward()
+        elif loss == "ce":
+            losses.cross_entropy(student, tokens).backward()
+        elif loss == "uniform":
+            losses.uniform_kl(student, tokens).backward()
+        else:
+            with torch.no_grad():
+                losses.cross_entropy(student, tokens)
+                arg_max_hits(student, tokens)
+    assert counter.largest == -(-3000 // 700) * 700 * 20  # the buffer of a chunk: whole tiles
+
+
+def test_rmu_never_calls_the_head_nor_the_blocks_above(monkeypatch):
+    shape = SHAPE.model_copy(update={"layers": 4})
+    model, reference = lively(shape.build(0)), freeze(shape.build(1))
+    method = RMU(layer=1, trained_layers=(0, 1))
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(method.trains(name))
+    called = []
+    for network in (model, reference):
+        for i, block in enumerate(network.model.layers):
+            block.register_forward_hook(lambda *_, i=i: called.append(i))
+    terms = method.objective(model, reference, torch.Generator().manual_seed(0))
+    with Counter() as counter:
+        sum(terms({"retain": batch(seed=0), "forget": batch(seed=1)}).values()).backward()
+    assert sorted(set(called)) == [0, 1]
+    assert len(called) == 6  # two blocks; forget, retain, and the reference's retain
+    assert not any(shape.vocab_size in made for made in counter.shapes)
+    assert counter.kernels > 100  # it did count
+
+
+def test_an_accuracy_evaluation_of_800_problems_is_a_few_thousand_kernels(data):
+    """14 layers as in the paper. The authors' way: 3,215 kernels for each prompt."""
+    world = ArithmeticWorld(problems=8, validation_per_cell=100, largest_term=10, largest_factor=6)
+    problems = [problem for role in ("retain", "forget") for problem in world.validation(role)]
+    assert len(problems) == 800
+    tokenizer = AutoTokenizer.from_pretrained(data.folder / "tokenizer")
+    model = SHAPE.model_copy(update={"layers": 14}).build(0)
+    batches = list(pack_answers(problems, range(800), tokenizer, rows=256))
+    with torch.no_grad(), Counter() as counter:
+        answers = sum(len(arg_max_hits(model, tokens)) for tokens, _ in batches)
+    assert answers == sum(int((tokens.labels != IGNORE).sum()) for tokens, _ in batches) >= 1600
+    assert counter.kernels <= 5000
