@@ -1,5 +1,6 @@
 """The model as the project uses it: documents apart, seeded, saved for everyone, and of the paper's sizes."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import SHAPE, batch, lively
@@ -7,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from undo import models
 from undo.config import ConfigError
-from undo.models import FLEX, hidden_states
+from undo.losses import cross_entropy
+from undo.models import hidden_states
 from undo.prepare_models import ReducedGemma2
 from undo.tokens import collate
 
@@ -89,7 +91,7 @@ def test_flex_attention_equals_eager(monkeypatch):
     model, tokens = lively(shape.build(seed=0)), batch(rows=3, length=150)
     with torch.no_grad():
         expected = hidden_states(model, tokens)
-        model.set_attn_implementation(FLEX)
+        model.set_attn_implementation("flex_attention")
         got = hidden_states(model, tokens)
         model.config.attn_logit_softcapping = None
         for layer in model.model.layers:
@@ -97,3 +99,33 @@ def test_flex_attention_equals_eager(monkeypatch):
         uncapped = hidden_states(model, tokens)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert (uncapped - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("softcap", [2.0, None])
+@pytest.mark.parametrize("length", [40, 128, 300])
+def test_blocked_attention_equals_eager_with_gradients(length, softcap):
+    """Several blocks, documents across their borders and within them, padding, grouped heads."""
+    shape = SHAPE.model_copy(update={"heads": 4, "kv_heads": 2, "attention_softcap": softcap})
+    eager, blocked = (lively(shape.build(seed=0)).double() for _ in range(2))
+    models.place(blocked, torch.device("cpu"))
+    rng = np.random.default_rng(0)
+    sizes = [(length // 5, length // 2), (length - 3,), tuple([length // 10] * 9)]
+    tokens = collate([[rng.integers(4, 400, n) for n in row] for row in sizes], length)
+    a, b = hidden_states(eager, tokens), hidden_states(blocked, tokens)
+    torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)  # eager takes its softmax in fp32, always
+    for model in (eager, blocked):
+        cross_entropy(model, tokens).backward()
+    for (name, w), v in zip(eager.named_parameters(), blocked.parameters(), strict=True):
+        torch.testing.assert_close(v.grad, w.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_blocked_attention_leaves_the_library_s_own_calls_alone():
+    """generate() with its cache, and a plain call with padding, are what they were."""
+    plain, placed = (lively(SHAPE.build(seed=0)) for _ in range(2))
+    models.place(placed, torch.device("cpu"))
+    ids, mask = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    for call in (
+        lambda m: m(ids, attention_mask=mask).logits,
+        lambda m: m.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0),
+    ):
+        assert torch.equal(call(plain), call(placed))

@@ -1,11 +1,13 @@
 """A causal language model as this project sees it: packed tokens -> hidden states, and the head that reads them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma2ForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, Gemma2ForCausalLM
+from transformers.masking_utils import eager_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from undo.config import ConfigError
 from undo.tokens import Tokens
@@ -13,7 +15,7 @@ from undo.tokens import Tokens
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-FLEX: Final = "flex_attention"
+BLOCK: Final = 128  # queries
 
 
 class Head(NamedTuple):
@@ -50,20 +52,87 @@ def hidden_states(model: Gemma2ForCausalLM, tokens: Tokens, layer: int | None = 
     return hidden
 
 
-def _masks(model: Gemma2ForCausalLM, tokens: Tokens) -> "dict[str, Tensor | BlockMask]":
+class Blocks(NamedTuple):
+    """The mask of blocked attention: for each block of queries, its first query, its first key, and which it sees."""
+
+    starts: list[int]
+    first_keys: list[int]
+    masks: list[Tensor]  # additive, [rows, 1, 1, queries, keys]; the last key is the block's last query
+
+
+def _masks(model: Gemma2ForCausalLM, tokens: Tokens) -> "dict[str, Tensor | BlockMask | Blocks]":
     """A token sees itself and what precedes it in its own document: the mask for either kind of layer."""
     length, window = tokens.positions.shape[1], model.config.sliding_window
     if window is not None and length > window:
         raise ConfigError(f"rows of {length} tokens are longer than the model's sliding window of {window}")
     document = (tokens.positions == 0).cumsum(1)
-    if model.config._attn_implementation == FLEX:
-        mask = _block_mask(document)
-    else:  # additive, [rows, 1, length, length]
-        device = document.device
-        visible = (document[:, None, :, None] == document[:, None, None, :]).tril()
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
-        mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
+    kind = document.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    match model.config._attn_implementation:
+        case "flex_attention":
+            mask = _block_mask(document)
+        case "blocked":
+            mask = _blocks(tokens.positions, document, dtype)
+        case _:  # additive, [rows, 1, length, length]
+            mask = _additive((document[:, None, :, None] == document[:, None, None, :]).tril(), dtype)
     return {"full_attention": mask, "sliding_attention": mask}
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def _blocks(positions: Tensor, document: Tensor, dtype: torch.dtype) -> Blocks:
+    length = positions.shape[1]
+    where = torch.arange(length, device=positions.device)
+    first_keys = (where - positions).amin(0)  # where the earliest document begins that a query of any row belongs to
+    starts = list(range(0, length, BLOCK))
+    firsts = first_keys[starts].tolist()
+    masks = []
+    for start, first in zip(starts, firsts, strict=True):
+        queries, keys = slice(start, min(start + BLOCK, length)), slice(first, min(start + BLOCK, length))
+        visible = document[:, queries, None] == document[:, None, keys]
+        visible &= where[queries, None] >= where[keys]
+        masks.append(_additive(visible[:, None, None], dtype))
+    return Blocks(starts, firsts, masks)
+
+
+def blocked_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | Blocks | None,
+    scaling: float,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Exact softcapped attention for a CPU: blocks of queries against the keys that one of them can see.
+
+    Keys in the future or in earlier documents are never multiplied, and a block's scores stay in the cache.
+    query: [rows, heads, length, width]; key, value: [rows, kv heads, length, width] -> [rows, length, heads, width].
+    """
+    if not isinstance(attention_mask, Blocks):  # a call that is not ours, such as generate()
+        return eager_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **options
+        )
+    rows, heads, length, width = query.shape
+    kv_heads = key.shape[1]
+    query = query.reshape(rows, kv_heads, heads // kv_heads, length, width) * (scaling / (softcap or 1.0))
+    key, value = key.unsqueeze(2), value.unsqueeze(2)
+    outputs = []
+    for start, first, mask in zip(*attention_mask, strict=True):
+        end = first + mask.shape[-1]
+        scores = query[..., start:end, :] @ key[..., first:end, :].mT
+        scores = mask + scores if softcap is None else torch.add(mask, scores.tanh_(), alpha=softcap)
+        weights = scores.softmax(-1, dtype=torch.float32 if scores.dtype == torch.bfloat16 else None)
+        outputs.append(weights.to(value.dtype) @ value[..., first:end, :])
+    return torch.cat(outputs, 3).reshape(rows, heads, length, width).transpose(1, 2), None
+
+
+AttentionInterface.register("blocked", blocked_attention)
+AttentionMaskInterface.register("blocked", eager_mask)
 
 
 def _block_mask(document: Tensor) -> "BlockMask":
@@ -80,12 +149,13 @@ def _block_mask(document: Tensor) -> "BlockMask":
 def place(model: Gemma2ForCausalLM, device: torch.device, compiled: bool = False) -> Gemma2ForCausalLM:
     """The same model on the device, with the attention that is fast there.
 
-    Both honour Gemma-2's softcap: flex attention as a fused kernel (which has no backward pass on a CPU), eager
-    attention everywhere. `compiled` compiles the body at its first call; parameter names stay as they are.
+    Each honours Gemma-2's softcap: flex attention as a fused kernel (which has no backward pass on a CPU), blocked
+    attention elsewhere. `compiled` compiles the body at its first call; parameter names stay as they are.
     """
     nn.Module.to(model, device)
-    if device.type == "cuda" and model.config.head_dim >= 16:  # the kernel's tiles are 16 wide at least
-        model.set_attn_implementation(FLEX)
+    # the fused kernel's tiles are 16 wide at least
+    fused = device.type == "cuda" and model.config.head_dim >= 16
+    model.set_attn_implementation("flex_attention" if fused else "blocked")
     if compiled:
         model.model.compile(dynamic=None)  # a second shape makes it dynamic, so that evaluation does not recompile
     return model
