@@ -179,6 +179,7 @@ def environment() -> dict[str, Any]:
 def _worker(case: str, side: str, how: Side) -> Iterator[subprocess.Popen[str]]:
     environment = {key: value for key, value in os.environ.items() if key not in MALLOC}
     environment |= MALLOC if how.tuned_malloc else {}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])  # the stage scripts
     command = [sys.executable, *sys.argv, "--worker", case, side]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -208,7 +209,9 @@ def _hear(channel: IO[str]) -> dict[str, float]:
 
 def _work(build: Callable[[], Callable[[], float]], side: Side, threads: int) -> None:
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.set_num_threads(threads)
     gpu = torch.cuda.is_available()
     function = build()
