@@ -51,6 +51,7 @@ RATIOS = {
     "published / ours bf16, tuned malloc both": ("published_tuned", "ours_bf16"),
     "fixed / ours bf16, tuned malloc both": ("fixed", "ours_bf16"),
 }
+RATIOS_ON_CUDA = {"published / ours": ("published", "ours"), "fixed / ours": ("fixed", "ours")}
 ON_CUDA = {  # malloc does not matter there, and the authors' runs use autocast
     "published": Side(ours=False, bf16=True),
     "fixed": Side(ours=False, bf16=True, fixes=True),
@@ -127,6 +128,7 @@ def _compare(name: str, case: Case, sides: dict[str, Side], args: argparse.Names
             return None
         return round(statistics.median(r[baseline]["seconds"] / r[ours]["seconds"] for r in rounds), 2)
 
+    titles = RATIOS_ON_CUDA if cuda() else RATIOS
     best = "ours_bf16" if "ours_bf16" in sides else "ours"
     flops_per_s = None if case.flops is None else case.flops / seconds[best]
     peak_flops = next((value for card, value in PEAK_FLOPS.items() if card in device()), None)
@@ -138,7 +140,7 @@ def _compare(name: str, case: Case, sides: dict[str, Side], args: argparse.Names
         else None,
         "tokens_per_s": round(case.tokens / seconds[best]),
         "mfu": round(flops_per_s / peak_flops, 4) if flops_per_s and peak_flops else None,
-        "ratios": {title: value for title, pair in RATIOS.items() if (value := ratio(*pair)) is not None},
+        "ratios": {title: value for title, pair in titles.items() if (value := ratio(*pair)) is not None},
         "seconds": {side: round(value, 4) for side, value in seconds.items()},
         "first_call_seconds": {side: round(first[side]["seconds"], 3) for side in sides},
         "cpu_seconds": {side: round(statistics.median(r[side]["cpu"] for r in rounds), 4) for side in sides},

@@ -159,9 +159,9 @@ def test_one_graph_for_the_compiler(kind, monkeypatch):
     """What a GPU runs: the functions on tiles as whole graphs, without a break, and with the same result."""
     graphs = []
 
-    def compiled(function):
+    def compiled(function, *arguments):
         graphs.append(function)
-        return torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+        return torch.compile(function, backend="aot_eager", fullgraph=True)(*arguments)
 
     torch.manual_seed(4)
     hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)

@@ -70,6 +70,27 @@ def test_the_chain_of_all_stages(undisturbed):
     assert not list(undisturbed.rglob("checkpoint"))
 
 
+def test_no_run_evaluates_a_model_that_was_evaluated_before(undisturbed):
+    """The first evaluation of unlearning and of an attack is the last of the run that made the model, for nothing."""
+    demo = undisturbed / "demo"
+    for parent, child, evaluated in (
+        ("pretrain/reference-seed_0", "unlearn/maxent-lr_2e-03-seed_0", None),
+        ("undo/undo_0.6-seed_0", "relearn/undo_0.6-lr_4e-03-seed_0", 3),  # at 0, 2, 4 and 6 of 6 steps
+    ):
+        first = json.loads((demo / child / "metrics.jsonl").read_text().splitlines()[0])
+        recorded = json.loads((demo / parent / "run.json").read_text())["evaluation"]
+        assert first == {"step": 0, **recorded}
+        evaluations = [*(demo / parent / "evaluations").glob("*.json")]
+        assert len(evaluations) == 1
+        flops = json.loads((demo / child / "run.json").read_text())["evaluation_flops"]
+        if evaluated:
+            lines = (demo / child / "metrics.jsonl").read_text().splitlines()
+            assert sum('"retain"' in line for line in lines) == evaluated + 1
+            noised = json.loads((demo / "undo/undo_0.6-seed_0/run.json").read_text())["evaluation_flops"]
+            count = sum('"retain"' in line for line in (demo / parent / "metrics.jsonl").read_text().splitlines())
+            assert flops * count == noised * evaluated  # a noised student is evaluated for itself
+
+
 def test_the_same_command_again_redoes_nothing(undisturbed):
     before = {
         p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors")

@@ -17,29 +17,25 @@ from torch import Tensor
 from transformers import Gemma2ForCausalLM
 
 from undo.models import Head, head, hidden_states
-from undo.tokens import IGNORE, Tokens
+from undo.tokens import Tokens
 
 
 def cross_entropy(model: Gemma2ForCausalLM, tokens: Tokens) -> Tensor:
     """Mean of -log p(label) over the labels. Scalar."""
-    mask = tokens.labels != IGNORE
-    return (
-        linear_loss(hidden_states(model, tokens)[mask], head(model), CrossEntropy(tokens.labels[mask])) / tokens.total
-    )
+    target = CrossEntropy(tokens.at_labels(tokens.labels))
+    return linear_loss(tokens.at_labels(hidden_states(model, tokens)), head(model), target) / tokens.total
 
 
 def uniform_kl(model: Gemma2ForCausalLM, tokens: Tokens) -> Tensor:
     """Mean of KL(U || p) over the labelled positions, U uniform over the vocabulary (Section 4, Method B). Scalar."""
-    mask = tokens.labels != IGNORE
-    return linear_loss(hidden_states(model, tokens)[mask], head(model), UniformKL()) / tokens.total
+    return linear_loss(tokens.at_labels(hidden_states(model, tokens)), head(model), UniformKL()) / tokens.total
 
 
 def forward_kl(student: Gemma2ForCausalLM, teacher: Gemma2ForCausalLM, tokens: Tokens) -> Tensor:
     """Mean of KL(teacher || student) over the labelled positions (Section 4, Unlearn-and-Distill). Scalar."""
-    mask = tokens.labels != IGNORE
     with torch.no_grad():
-        target = ForwardKL(hidden_states(teacher, tokens)[mask], head(teacher))
-    return linear_loss(hidden_states(student, tokens)[mask], head(student), target) / tokens.total
+        target = ForwardKL(tokens.at_labels(hidden_states(teacher, tokens)), head(teacher))
+    return linear_loss(tokens.at_labels(hidden_states(student, tokens)), head(student), target) / tokens.total
 
 
 def most_likely(hidden: Tensor, head: Head) -> Tensor:
@@ -62,9 +58,8 @@ def activation_mse(hidden: Tensor, target: Tensor, tokens: Tokens) -> Tensor:
 
     hidden: [rows, length, width]; target: the same shape, or [width]. Scalar.
     """
-    mask = tokens.labels != IGNORE
-    target = target[mask] if target.ndim == hidden.ndim else target
-    return (hidden[mask].float() - target.float()).square().mean(-1).sum() / tokens.total
+    target = tokens.at_labels(target) if target.ndim == hidden.ndim else target
+    return (tokens.at_labels(hidden).float() - target.float()).square().mean(-1).sum() / tokens.total
 
 
 # --- from hidden states to a sum over tokens, tile by tile ---------------------------------------------------------
@@ -103,7 +98,7 @@ class Logits:
     def read(self, hidden: Tensor) -> None:
         self.tiles, sums = [], []
         for tile in self.products(hidden):
-            sums.append(_fused(_squash)(tile, self.softcap))
+            sums.append(_fused(_squash, tile, self.softcap))
             self.tiles.append(tile)
         self.log_z = torch.cat(sums, 1).logsumexp(1, keepdim=True)
 
@@ -116,7 +111,7 @@ class CrossEntropy:
     teacher = None
 
     def pull(self, p: Logits, q: Logits | None, chunk: slice, start: int, i: int, form: "Form") -> "Pull":
-        return _fused(_cross_entropy)(p.tiles[i], p.log_z, p.scale, self.labels[chunk, None] - start, form)
+        return _fused(_cross_entropy, p.tiles[i], p.log_z, p.scale, self.labels[chunk, None] - start, form)
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,7 @@ class UniformKL:
     teacher = None
 
     def pull(self, p: Logits, q: Logits | None, chunk: slice, start: int, i: int, form: "Form") -> "Pull":
-        return _fused(_uniform_kl)(p.tiles[i], p.log_z, p.scale, sum(map(len, p.weights)), form)
+        return _fused(_uniform_kl, p.tiles[i], p.log_z, p.scale, sum(map(len, p.weights)), form)
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,7 @@ class ForwardKL:
     def pull(self, p: Logits, q: Logits | None, chunk: slice, start: int, i: int, form: "Form") -> "Pull":
         assert q is not None
         share = len(p.weights[i]) / sum(map(len, p.weights))
-        return _fused(_forward_kl)(p.tiles[i], p.log_z, p.scale, q.tiles[i], q.log_z, q.scale, share, form)
+        return _fused(_forward_kl, p.tiles[i], p.log_z, p.scale, q.tiles[i], q.log_z, q.scale, share, form)
 
 
 class Form(NamedTuple):
@@ -249,13 +244,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, anew: bool) -> None:
 # --- what is done to a tile of logits. Compiled on a GPU, where every pass over memory counts ----------------------
 
 
-def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    return _compiled(function) if torch.cuda.is_available() else function
+def _fused(function: Callable[..., Any], tile: Tensor, *others: Any) -> Any:
+    return (_compiled(function) if tile.is_cuda else function)(tile, *others)
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function)
 
 
 def _squash(tile: Tensor, softcap: float | None) -> Tensor:

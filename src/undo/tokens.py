@@ -48,13 +48,24 @@ class Tokens:
         for start in range(0, len(self.input_ids), size):
             yield self.rows(start, start + size)
 
+    @cached_property
+    def _labelled(self) -> "torch.Tensor":
+        """Where the labels are in the flattened rows, [labels]."""
+        return (self.labels.flatten() != IGNORE).nonzero()[:, 0]
+
+    def at_labels(self, values: "torch.Tensor") -> "torch.Tensor":
+        """The labelled positions of [rows, length, ...] -> [labels, ...]."""
+        return values.flatten(0, 1).index_select(0, self._labelled)
+
     def to(self, device: "torch.device") -> Self:
-        return replace(
+        moved = replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
         )
+        moved.__dict__["_labelled"] = self._labelled.to(device, non_blocking=True)  # a GPU would be waited for
+        return moved
 
 
 Batch = Mapping[str, Tokens]

@@ -103,5 +103,5 @@ def arg_max_hits(model: "Gemma2ForCausalLM", tokens: Tokens) -> np.ndarray:
     from undo.losses import most_likely
     from undo.models import head, hidden_states
 
-    mask = tokens.labels != IGNORE
-    return (most_likely(hidden_states(model, tokens)[mask], head(model)) == tokens.labels[mask]).cpu().numpy()
+    likely = most_likely(tokens.at_labels(hidden_states(model, tokens)), head(model))
+    return (likely == tokens.at_labels(tokens.labels)).cpu().numpy()
