@@ -29,8 +29,14 @@ ON_CPU = [
 ]
 ON_A_GPU = [
     "losses.py --tokens 8192",
-    "train.py --length 2048 --rows 32 --micro-rows 4 --case pretrain-0.1B --case distill-0.1B --compile",
-    "train.py --length 256 --rows 360 --micro-rows 60 --case pretrain-0.3B --case distill-0.3B --compile",
+    *(
+        f"train.py --compile --case {kind}-{size}"
+        for kind in ("pretrain", "distill")
+        for size in (
+            "0.1B --length 2048 --rows 32 --micro-rows 4 --our-micro-rows 16",
+            "0.3B --length 256 --rows 360 --micro-rows 60 --our-micro-rows 120",
+        )
+    ),
     "train.py --length 2048 --rows 4 --case rmu-0.1B",
     "evaluate.py --length 2048 --documents 1024",
     "relearn.py --case demo",

@@ -30,6 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rows", type=int, default=1, help="of the batch")
     parser.add_argument("--micro-rows", type=int, help="rows in one forward and backward; default: the batch")
+    parser.add_argument("--our-micro-rows", type=int, help="ours, which takes less memory; default: the same")
     parser.add_argument("--steps", type=int, default=2, help="in one repetition")
     parser.add_argument("--vocabulary", type=int, default=256_000)
     parser.add_argument("--compile", action="store_true", help="our model's body")
@@ -162,7 +163,8 @@ def ours(case: str, side: Side, args: argparse.Namespace, student: Any, teacher:
     def once() -> float:
         with tempfile.TemporaryDirectory() as folder:
             run = Run(Path(folder), "benchmark", "train/x")
-            config = StageConfig.model_validate({"name": "x", "execution": {"micro_rows": args.micro_rows}})
+            execution = {"micro_rows": args.our_micro_rows or args.micro_rows}
+            config = StageConfig.model_validate({"name": "x", "execution": execution})
             run.claim(config)
             run.open(config)
             train(student, objective, streams, training, run, lambda step, full: Measured({}, 0))
