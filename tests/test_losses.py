@@ -4,6 +4,7 @@ import itertools
 import math
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from conftest import SHAPE, batch, lively
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from undo import losses
 from undo.losses import CrossEntropy, ForwardKL, Grid, Head, UniformKL, linear_loss
 from undo.models import hidden_states
-from undo.tokens import IGNORE
+from undo.tokens import IGNORE, collate
 
 WIDTH = 5
 
@@ -175,11 +176,47 @@ def test_one_graph_for_the_compiler(kind, monkeypatch):
     assert len(set(graphs)) == 2
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["ce", "uniform", "kl"])
+def test_gradients_of_a_whole_model(kind, tied):
+    """By every weight, against autograd through full logits; the embedding is the head's weight, or is not."""
+    ours, plain, teacher = (lively(SHAPE.build(0)), lively(SHAPE.build(0)), lively(SHAPE.build(5), seed=9))
+    if not tied:
+        for network in (ours, plain):
+            network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.detach().flip(0).clone())
+    tokens = collate([[np.arange(4, 16)], [np.arange(30, 42)]])  # a document a row: the library's masks will do
+    if kind == "ce":
+        loss = losses.cross_entropy(ours, tokens)
+    else:
+        loss = losses.uniform_kl(ours, tokens) if kind == "uniform" else losses.forward_kl(ours, teacher, tokens)
+    loss.backward()
+    log_p = plain(tokens.input_ids).logits[:, :-1].log_softmax(-1)
+    if kind == "ce":
+        expected = -log_p.gather(2, tokens.labels[:, :-1, None])
+    elif kind == "uniform":
+        expected = -log_p.mean(-1) - math.log(SHAPE.vocab_size)
+    else:
+        with torch.no_grad():
+            log_q = teacher(tokens.input_ids).logits[:, :-1].log_softmax(-1)
+        expected = (log_q.exp() * (log_q - log_p)).sum(-1)
+    expected.mean().backward()
+    torch.testing.assert_close(loss, expected.mean(), rtol=1e-5, atol=1e-6)
+    names = [name for name, _ in ours.named_parameters()]
+    assert ("lm_head.weight" in names) is not tied
+    for name, a, b in zip(names, ours.parameters(), plain.parameters(), strict=True):
+        assert (a.grad - b.grad).norm() <= 1e-5 * b.grad.norm() + 1e-9, name
+
+
 def test_batch_without_labels_costs_nothing_and_is_zero(model):
     tokens = batch()
     tokens.labels.fill_(IGNORE)
     empty = type(tokens)(tokens.input_ids, tokens.positions, tokens.labels, total=1)
-    for loss in (losses.cross_entropy(model, empty), losses.uniform_kl(model, empty)):
+    teacher = SHAPE.build(seed=5)
+    for loss in (
+        losses.cross_entropy(model, empty),
+        losses.uniform_kl(model, empty),
+        losses.forward_kl(model, teacher, empty),
+    ):
         loss.backward()
         assert loss == 0
     assert all(torch.isfinite(w.grad).all() and not w.grad.any() for w in model.parameters() if w.grad is not None)
