@@ -7,6 +7,7 @@ layers with 32,000 words on documents of 50 to `length` tokens, a third of it in
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,7 @@ def accuracy(side: Side, args: argparse.Namespace) -> Callable[[], float]:
 
     from undo import models
     from undo.evaluate import Accuracy
+    from undo.prepare_data.arithmetic import Problem
     from undo.prepare_data.prepare import Prepare, prepare
     from undo.run import Run
     from undo.train import this_process
@@ -69,7 +71,7 @@ def accuracy(side: Side, args: argparse.Namespace) -> Callable[[], float]:
         prepare(config, run)
         tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
         evaluate = Accuracy().load(run, device)
-    problems = [problem for role in ("retain", "forget") for problem in config.world.validation(role)]
+        problems = [Problem(**json.loads(line)) for line in (run.folder / "problems.jsonl").read_text().splitlines()]
     model = SHAPE.build(0)
     if side.ours:
         models.place(model, device)

@@ -58,6 +58,34 @@ def test_override_beats_variant_and_sweep_and_keeps_the_other_axes():
     assert len({run.name for run in runs}) == len(runs)
 
 
+def test_a_variant_s_own_sweep_replaces_the_common_one_and_yields_to_the_command_line():
+    raw = {
+        "name": "{variant}-a_{a}-b_{b}",
+        "sweep": {"a": [1, 2], "b": [3]},
+        "variants": {"x": {}, "y": {"sweep": {"a": [7], "c.d": [8, 9]}, "name": "{variant}-{a}-{b}-{c.d}"}},
+    }
+    assert [run["name"] for run in expand(raw, {}, "test")] == ["x-a_1-b_3", "x-a_2-b_3", "y-7-3-8", "y-7-3-9"]
+    asked = [run["name"] for run in expand(raw, {"sweep.a": [5]}, "test")]
+    assert asked == ["x-a_5-b_3", "y-5-3-8", "y-5-3-9"]
+    assert [run["name"] for run in expand(raw, {"a": 6, "c.d": 0}, "test")] == ["x-a_6-b_3", "y-6-3-0"]
+    with pytest.raises(ConfigError, match=r"sweep\.a must be a list"):
+        expand({**raw, "variants": {"z": {"sweep": {"a": 1}}}}, {}, "test")
+
+
+def test_let_is_filled_in_and_is_no_key_of_a_run():
+    raw = {
+        "name": "{variant}-s_{seed}",
+        "seed": 0,
+        "model": "undo/x-alpha_{let.alpha}",
+        "variants": {"undo_{let.alpha}": {"sweep": {"let.alpha": [0.2, 0.4]}}},
+    }
+    runs = expand(raw, {}, "test")
+    assert [run["model"] for run in runs] == ["undo/x-alpha_0.2", "undo/x-alpha_0.4"]
+    assert [run["variant"] for run in runs] == ["undo_0.2", "undo_0.4"]
+    assert [run["name"] for run in runs] == ["undo_0.2-s_0", "undo_0.4-s_0"]
+    assert not any("let" in run for run in runs)
+
+
 def test_another_method_does_not_inherit_the_values_of_the_first():
     """RMU has alpha 1200, GradDiff 1: after a switch by override or by variant, each has its own default."""
     base = {"name": "x", "method": {"name": "rmu", "layer": 1, "trained_layers": [0], "alpha": 7.0}}

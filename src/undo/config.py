@@ -1,8 +1,10 @@
 """Configs: frozen typed blocks, and the way from one YAML file (with its sweep) and key=value overrides to runs.
 
 One YAML is one experiment. Its special keys are `variants` (named sets of overrides), `sweep` (dotted key -> values,
-crossed) and `name` (a template such as "{variant}-lr_{training.learning_rate:g}-seed_{seed}"). Precedence, low to
-high: the YAML's own keys, the variant, the sweep, the command line. Nothing here imports torch.
+crossed) and `name` (a template such as "{variant}-lr_{training.learning_rate:g}-seed_{seed}"). A variant may have a
+`sweep` of its own, whose keys replace the common ones. `let` holds values that are no keys of a run, but are swept and
+filled in like them: the alpha of the model that an adversary attacks. Precedence, low to high: the YAML's own keys, the
+variant, the sweep, the command line. Nothing here imports torch.
 """
 
 import difflib
@@ -162,11 +164,11 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
     """All runs of an experiment as plain values: variants x sweep, with the overrides on top and names filled in."""
-    raw, pinned = dict(raw), {}
+    raw, pinned, asked = dict(raw), {}, {}
     for key, value in overrides.items():
         block, _, rest = key.partition(".")
         if block == "sweep" and rest:
-            raw["sweep"] = {**(raw.get("sweep") or {}), rest: value}
+            asked[rest] = value
         elif block in ("sweep", "variants"):
             raise ConfigError(f"{key!r} cannot be set; set sweep.<key>=[...], or choose variants with --only")
         else:
@@ -176,17 +178,21 @@ def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
         variants = None
     if not isinstance(variants, dict | None) or not isinstance(sweep, dict):
         raise ConfigError(f"{source}: `variants` and `sweep` must be mappings")
-    sweep = {key: values for key, values in sweep.items() if key not in pinned}
-    for key, values in sweep.items():
-        if not isinstance(values, list) or not values:
-            raise ConfigError(f"{source}: sweep.{key} must be a list with at least one value, got {values!r}")
     runs: dict[str, Raw] = {}
     for variant, changes in (variants or {raw.get("variant", ""): {}}).items():
-        for point in itertools.product(*sweep.values()):
-            run = _merge(raw, {"variant": variant, **(changes or {})})
-            for key, value in [*zip(sweep, point, strict=True), *pinned.items()]:
+        changes = dict(changes or {})
+        points = {**sweep, **(changes.pop("sweep", None) or {}), **asked}
+        points = {key: values for key, values in points.items() if key not in pinned}
+        for key, values in points.items():
+            if not isinstance(values, list) or not values:
+                raise ConfigError(f"{source}: sweep.{key} must be a list with at least one value, got {values!r}")
+        for point in itertools.product(*points.values()):
+            run = _merge(raw, {"variant": variant, **changes})
+            for key, value in [*zip(points, point, strict=True), *pinned.items()]:
                 run = _merge(run, _nest(key, value))
+            run["variant"] = _fill_in(run["variant"], _namespace(run), source)
             run = _fill_in(run, _namespace(run), source)
+            run.pop("let", None)
             name = str(run.get("name"))
             if name in runs and isinstance(run["name"], str):
                 raise ConfigError(
@@ -266,7 +272,7 @@ def _explain(error: ValidationError, schema: type[BaseModel], raw: Raw) -> str:
     path = _keys_only(first["loc"], raw)
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = [*_keys(schema), "sweep", "variants"]
+        known = [*_keys(schema), "sweep", "variants", "let"]
         leaf_like = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
             path[-1], [k.split(".")[-1] for k in known], n=1
         )

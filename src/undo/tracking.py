@@ -59,11 +59,15 @@ class WandbTracker:
         self._run.finish()
 
 
+def find_token(file: str, variable: str) -> str | None:
+    path = TOKENS / file
+    return os.environ.get(variable, "").strip() or (path.read_text().strip() if path.exists() else "") or None
+
+
 def token(file: str, variable: str) -> str:
     """Raises ConfigError that names both places, and neither's content."""
-    path = TOKENS / file
-    value = os.environ.get(variable, "").strip() or (path.read_text().strip() if path.exists() else "")
-    if not value:
+    value = find_token(file, variable)
+    if value is None:
         raise ConfigError(f"no token: put it into tokens/{file}, or set {variable}")
     return value
 

@@ -1,4 +1,4 @@
-"""The prepare stage of a world that is generated."""
+"""The prepare stage: texts by role, generated or given, become a tokenizer, token stores and validation problems."""
 
 import json
 import shutil
@@ -7,13 +7,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import numpy as np
+from pydantic import Field, model_validator
 
-from undo.config import Count, Frozen, StageConfig
+from undo.config import ROLES, ConfigError, Count, Frozen, Role, Share, StageConfig
 from undo.prepare_data.arithmetic import OPERATIONS, ArithmeticWorld
-from undo.prepare_data.tokenizer import train_tokenizer
+from undo.prepare_data.text import Source
+from undo.prepare_data.tokenizer import load_tokenizer, train_byte_pairs, train_words
 from undo.run import Run, write_atomically
 from undo.stage import Stage
 from undo.tokens import TokenStore, pack
@@ -31,46 +33,140 @@ class WordTokenizer(Frozen):
     vocab_size: Count
 
 
-class Prepare(StageConfig):
-    """What to generate, how to tokenise it, and how long the packed rows are."""
+class BytePairTokenizer(Frozen):
+    """A byte-level BPE tokenizer trained on the beginning of each role's text."""
 
-    world: ArithmeticWorld
-    tokenizer: WordTokenizer
+    name: Literal["byte_pairs"] = "byte_pairs"
+    vocab_size: Count
+    characters: Count = 10_000_000  # of each role
+
+
+class Prepare(StageConfig):
+    """What to generate or read, how to tokenise it, and how long the packed rows are."""
+
+    world: ArithmeticWorld | None = None
+    data: dict[Role, Source] = Field(default={})  # text, of the roles that no world generates
+    tokenizer: Annotated[WordTokenizer | BytePairTokenizer, Field(discriminator="name")] | str  # a folder or a hub id
     length: Count  # tokens in a row
+    shortest: Count = 50  # shorter documents of text are dropped (Appendix A)
+    validation_share: Share = 5e-4  # of the documents of text
+    validation_tokens: Count = 500_000  # of each role's text, at most
+    seed: int = 42  # of the split into training and validation
+
+    @model_validator(mode="after")
+    def _every_role_has_one_origin(self) -> Self:
+        generated = set(OPERATIONS) if self.world else set()
+        if twice := generated & set(self.data):
+            raise ValueError(f"data.{min(twice)} is given, but the world generates it")
+        if missing := {"retain", "forget"} - generated - set(self.data):
+            raise ValueError(f"data.{max(missing)} is missing: give data.{max(missing)}.path or .hub, or a world")
+        if isinstance(self.tokenizer, WordTokenizer) and self.data:
+            raise ValueError("tokenizer.name=words knows a world's own words only; use byte_pairs, or a folder")
+        return self
 
 
 def prepare(cfg: Prepare, run: Run) -> None:
-    from transformers import AutoTokenizer
-
     for partial in run.folder.glob("*/*.partial"):
         shutil.rmtree(partial)
-    problems = [problem for role in OPERATIONS for problem in cfg.world.validation(role)]
-    write_atomically(run.folder / "problems.jsonl", "".join(json.dumps(asdict(p)) + "\n" for p in problems))
-    training = (problem.text for role in OPERATIONS for problem in cfg.world.train(role))
-    train_tokenizer(chain(training, (p.text for p in problems)), cfg.tokenizer.vocab_size, run.folder / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
+    check_disk(cfg, run.folder)
+    problems = [problem for role in OPERATIONS for problem in cfg.world.validation(role)] if cfg.world else []
+    if problems:
+        write_atomically(run.folder / "problems.jsonl", "".join(json.dumps(asdict(p)) + "\n" for p in problems))
+    tokenizer, vocab_size = make_tokenizer(cfg, (p.text for p in problems), run.folder / "tokenizer")
     stores: dict[str, TokenStore] = {}
-    for role in OPERATIONS:
-        validation = (p.text for p in problems if p.role == role and p.seen)
-        for name, texts in (("train", (p.text for p in cfg.world.train(role))), ("validation", validation)):
-            stores[f"{name}/{role}"] = _store(texts, tokenizer, run.folder / name / role, cfg)
+    for role in ROLES:
+        if role in cfg.data:
+            made = split_text(cfg, role, tokenizer, vocab_size, run.folder)
+        elif cfg.world is not None and role in OPERATIONS:
+            held_out = (p.text for p in problems if p.role == role and p.seen)
+            made = [
+                store(documents(texts, tokenizer, f"{part}/{role}"), run.folder / part / role, cfg.length, vocab_size)
+                for part, texts in (("train", (p.text for p in cfg.world.train(role))), ("validation", held_out))
+            ]
+        else:
+            continue
+        stores |= {f"{part}/{role}": s for part, s in zip(("train", "validation"), made, strict=True)}
     run.finish(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         tokens={name: store.tokens for name, store in stores.items()},
         fill={name: round(store.tokens / (len(store) * store.length), 4) for name, store in stores.items()},
     )
 
 
-def _store(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", folder: Path, cfg: Prepare) -> TokenStore:
-    """Pack texts; what an interrupted run had finished is kept."""
-    if folder.exists():
-        return TokenStore(folder)
-    label = f"{folder.parent.name}/{folder.name}"
-    return pack(documents(texts, tokenizer, label), folder, cfg.length, cfg.tokenizer.vocab_size)
+def make_tokenizer(cfg: Prepare, problems: Iterable[str], folder: Path) -> "tuple[PreTrainedTokenizerBase, int]":
+    """Train it or fetch it, leave it in the folder -> the tokenizer, and the vocabulary that a model needs for it."""
+    match cfg.tokenizer:
+        case str() as name:
+            load_tokenizer(name).save_pretrained(folder)
+            configured = 0
+        case WordTokenizer(vocab_size=configured):
+            train_words(chain(generated(cfg), problems), configured, folder)
+        case BytePairTokenizer(vocab_size=configured, characters=characters):
+            texts = [*(source.texts() for source in cfg.data.values()), *([generated(cfg)] if cfg.world else [])]
+            train_byte_pairs(chain.from_iterable(beginning(text, characters) for text in texts), configured, folder)
+    tokenizer = load_tokenizer(str(folder))
+    return tokenizer, max(len(tokenizer), configured)
 
 
-def documents(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", label: str) -> Iterator[np.ndarray]:
-    """<bos> text <eos>, as int64 arrays; progress is printed, and so stands in the launcher's table.
+def generated(cfg: Prepare) -> Iterator[str]:
+    """The training texts of the world, if there is one."""
+    return (p.text for role in OPERATIONS for p in cfg.world.train(role)) if cfg.world else iter(())
+
+
+def beginning(texts: Iterable[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def split_text(
+    cfg: Prepare, role: Role, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, folder: Path
+) -> list[TokenStore]:
+    """Stores of training and validation text, split by document in one reading."""
+    source, places = cfg.data[role], [folder / part / role for part in ("train", "validation")]
+    if all(place.exists() for place in places):
+        return [TokenStore(place) for place in places]
+    shutil.rmtree(places[0], ignore_errors=True)  # its validation half is lost: both anew
+    rng = np.random.default_rng([cfg.seed, ROLES.index(role)])
+    held_out: list[np.ndarray] = []
+
+    def training() -> Iterator[np.ndarray]:
+        room, tokens = cfg.validation_tokens, 0
+        for ids in documents(source.texts(), tokenizer, f"train/{role}", source.tokens):
+            if len(ids) < cfg.shortest:
+                continue
+            if rng.random() < cfg.validation_share and room > 0:
+                held_out.append(ids[:room])
+                room -= len(held_out[-1])
+                continue
+            yield ids
+            tokens += len(ids)
+            if source.tokens is not None and tokens >= source.tokens:
+                return
+
+    train = pack(training(), places[0], cfg.length, vocab_size)
+    if train.tokens == 0 or not held_out:
+        shutil.rmtree(places[0])
+        what = "training" if train.tokens == 0 else "validation"
+        raise ConfigError(
+            f"data.{role}: no document of {cfg.shortest} tokens or more is left for {what}\n"
+            f"give more text, or another validation_share (now {cfg.validation_share:g}) or shortest"
+        )
+    print(f"validation/{role}: {sum(map(len, held_out)):,} tokens of at most {cfg.validation_tokens:,}", flush=True)
+    return [train, pack(held_out, places[1], cfg.length, vocab_size)]
+
+
+def store(texts: Iterator[np.ndarray], folder: Path, length: int, vocab_size: int) -> TokenStore:
+    """Pack documents; what an interrupted run had finished is kept."""
+    return TokenStore(folder) if folder.exists() else pack(texts, folder, length, vocab_size)
+
+
+def documents(
+    texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", label: str, budget: int | None = None
+) -> Iterator[np.ndarray]:
+    """<bos> text <eos>, as uint32 arrays; progress is printed, and so stands in the launcher's table.
 
     Many texts at a time: the tokenizer then works on all cores (its own threads; 1.8 times one core's speed on two).
     """
@@ -80,9 +176,25 @@ def documents(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", label:
         encoded = tokenizer(some, add_special_tokens=False)["input_ids"]
         count, tokens = count + len(encoded), tokens + sum(map(len, encoded)) + 2 * len(encoded)
         speed = tokens / max(time.monotonic() - begin, 1e-9)
-        print(f"{label}: {count:,} documents, {tokens:,} tokens, {speed:,.0f} tokens/s", flush=True)
+        of = "" if budget is None else f" of {budget:,} ({min(1, tokens / budget):.0%})"
+        print(f"{label}: {count:,} documents, {tokens:,}{of} tokens, {speed:,.0f} tokens/s", flush=True)
         for ids in encoded:
             yield np.array([bos, *ids, eos], dtype=np.uint32)
+
+
+def check_disk(cfg: Prepare, folder: Path) -> None:
+    """Say what the text will take. Raises ConfigError if there is no room for it."""
+    width = 2 if not isinstance(cfg.tokenizer, str) and cfg.tokenizer.vocab_size <= 1 << 16 else 3
+    sizes = [source.bytes_of_tokens(width) for source in cfg.data.values()]
+    known, free = sum(size for size in sizes if size is not None), shutil.disk_usage(folder).free
+    if cfg.data:
+        unknown = " and what has no limit: set data.<role>.tokens" if None in sizes else ""
+        print(f"needs at most about {known / 1e9:.2f} GB{unknown}; {free / 1e9:.1f} GB are free", flush=True)
+    if known > free:
+        raise ConfigError(
+            f"{folder}: the text needs about {known / 1e9:.1f} GB, {free / 1e9:.1f} GB are free\n"
+            f"set data.<role>.tokens to less, or choose another place with --runs"
+        )
 
 
 STAGE = Stage("prepare", Prepare, prepare, ("-m", "undo.prepare_data"))

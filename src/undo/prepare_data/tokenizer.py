@@ -1,21 +1,82 @@
-"""A small tokenizer for worlds made of templates: a word, a digit or a sign is a token, with the space before it.
+"""Tokenizers: words for a world made of templates, byte pairs for any text, or one that exists already.
 
-Digits stand alone, as in Gemma-2's own tokenizer, and so do the ids of <pad>, <eos> and <bos>. Decoding is exact.
+Both kinds that are made here keep Gemma-2's ids of <pad>, <eos> and <bos>, and decode exactly.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
+
+from undo.config import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 SPECIAL: Final = ("<pad>", "<eos>", "<bos>", "<unk>")  # their ids are their places
 PIECE: Final = r" ?\d+| ?[A-Za-z]+| ?[^A-Za-z\d\s]"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Write a tokenizer of the pieces of `texts`, the most frequent first, that AutoTokenizer loads.
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """From a folder or the hub. Raises ConfigError if it is not there, gated, or has no tokens for begin and end."""
+    from huggingface_hub.errors import GatedRepoError
+    from transformers import AutoTokenizer
 
-    Raises ValueError if the texts have more pieces than `vocab_size` allows.
+    from undo.tracking import find_token
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, token=find_token("hf_token.txt", "HF_TOKEN"))
+    except (OSError, ValueError) as error:
+        if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
+            raise ConfigError(
+                f"tokenizer {name} is gated: ask for access at https://huggingface.co/{name},\n"
+                f"then put your token into tokens/hf_token.txt or HF_TOKEN; or give a folder with tokenizer=<path>"
+            ) from None
+        raise ConfigError(
+            f"tokenizer {name!r} is neither a folder with a tokenizer nor a hub id that can be reached\n"
+            f"give another one with tokenizer=<path>; a gated one needs a token in tokens/hf_token.txt"
+        ) from None
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise ConfigError(f"tokenizer {name!r} has no token for the beginning or the end of a document")
+    return tokenizer
+
+
+def train_byte_pairs(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Byte-level BPE, digits apart as in Gemma-2's own. Raises ConfigError if the texts are too few for the size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise ConfigError(
+            f"the text gives {tokenizer.get_vocab_size()} tokens only; set tokenizer.vocab_size to that or less"
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="<bos> $A", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
+    )
+    _wrap(PreTrainedTokenizerFast, tokenizer).save_pretrained(folder)
+
+
+def _wrap(kind: Any, tokenizer: "Tokenizer") -> "PreTrainedTokenizerBase":
+    return kind(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>")
+
+
+def train_words(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """A word, a digit or a sign is a token, with the space before it; the most frequent first.
+
+    Raises ConfigError if the texts have more pieces than `vocab_size` allows.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -24,7 +85,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     counts = Counter(piece for text in texts for piece, _ in split.pre_tokenize_str(" " + text))
     pieces = [piece for piece, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     if len(pieces) + len(SPECIAL) > vocab_size:
-        raise ValueError(
+        raise ConfigError(
             f"the texts have {len(pieces)} different words; with {len(SPECIAL)} special ones they exceed {vocab_size}"
         )
     vocabulary = {piece: i for i, piece in enumerate((*SPECIAL, *pieces))}
@@ -35,7 +96,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
         single="<bos> $A", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
     )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
-    )
-    fast.save_pretrained(folder)
+    _wrap(PreTrainedTokenizerFast, tokenizer).save_pretrained(folder)

@@ -1,0 +1,156 @@
+"""The prepare stage on texts: tokenizer, split by document, stores, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from undo.config import ConfigError, validate
+from undo.prepare_data.prepare import Prepare, prepare
+from undo.prepare_data.text import Source
+from undo.run import Run
+from undo.tokens import TokenStore
+
+WORDS = {"retain": ["river", "stone", "light", "paper", "seven"], "forget": ["강물이", "돌", "빛", "종이를", "일곱"]}
+DOCUMENTS = 120
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Two roles of documents, each beginning with a number of its own; every tenth has less than 50 tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for role, words in WORDS.items():
+        with open(folder / f"{role}.jsonl", "w") as file:
+            for i in range(DOCUMENTS):
+                count = 5 if i % 10 == 0 else int(rng.integers(60, 200))
+                text = f"<{1000 + i}> " + " ".join(rng.choice(words, count))
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return folder
+
+
+def make(folder, corpus, **changes) -> Run:
+    raw = {
+        "name": "data",
+        "data": {role: {"path": str(corpus / f"{role}.jsonl")} for role in WORDS},
+        "tokenizer": {"name": "byte_pairs", "vocab_size": 300},
+        "length": 64,
+        "validation_share": 0.2,
+    }
+    config = validate(Prepare, {**raw, **changes}, "test")
+    run = Run(folder, "tiny", "prepare/data")
+    run.claim(config)
+    run.open(config)
+    prepare(config, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("runs"), corpus)
+
+
+def texts(run, part, role) -> list[str]:
+    """Whole documents, put together again from the pieces of the store."""
+    tokenizer, store = AutoTokenizer.from_pretrained(run.folder / "tokenizer"), TokenStore(run.folder / part / role)
+    return [tokenizer.decode(np.concatenate([*store[row]])) for row in range(len(store))]
+
+
+def numbers(run, part, role) -> set[int]:
+    joined = "".join(texts(run, part, role))
+    return {n for n in range(1000, 1000 + DOCUMENTS) if f"<bos><{n}>" in joined}
+
+
+def test_split_by_document_without_loss_or_overlap(prepared):
+    for role in WORDS:
+        train, validation = (numbers(prepared, part, role) for part in ("train", "validation"))
+        long_enough = {1000 + i for i in range(DOCUMENTS) if i % 10}
+        assert train | validation == long_enough
+        assert not train & validation
+        assert 8 <= len(validation) <= 40  # a fifth of 108
+        stored = sum(TokenStore(prepared.folder / part / role).tokens for part in ("train", "validation"))
+        tokenizer = AutoTokenizer.from_pretrained(prepared.folder / "tokenizer")
+        source = Source(path=prepared.config["data"][role]["path"]).texts()
+        counted = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 2 for text in source]
+        assert stored == sum(n for n in counted if n >= 50)
+
+
+def test_decoding_the_made_tokenizer_is_exact_and_digits_stand_alone(prepared):
+    tokenizer = AutoTokenizer.from_pretrained(prepared.folder / "tokenizer")
+    for text in ("강물이 river 돌\n\n  3 + 47 = 50", "emoji 🙂 tab\t."):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert tokenizer.convert_ids_to_tokens(tokenizer("47", add_special_tokens=False)["input_ids"]) == ["4", "7"]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, 2)
+
+
+def test_the_split_depends_on_the_seed_alone(corpus, prepared, tmp_path):
+    again = make(tmp_path / "a", corpus)
+    other = make(tmp_path / "b", corpus, seed=43)
+    assert numbers(again, "validation", "retain") == numbers(prepared, "validation", "retain")
+    assert numbers(other, "validation", "retain") != numbers(prepared, "validation", "retain")
+
+
+def test_token_budgets_of_training_and_validation(corpus, tmp_path):
+    data = {role: {"path": str(corpus / f"{role}.jsonl"), "tokens": 6000} for role in WORDS}
+    run = make(tmp_path, corpus, data=data, validation_tokens=150)
+    for role in WORDS:
+        assert 6000 <= TokenStore(run.folder / "train" / role).tokens < 6000 + 1000  # the document that reaches it
+        assert TokenStore(run.folder / "validation" / role).tokens == 150
+
+
+def test_an_existing_tokenizer_and_english_beside_the_arithmetic_world(corpus, prepared, tmp_path):
+    world = {"name": "arithmetic", "problems": 400, "largest_term": 8, "largest_factor": 5, "validation_per_cell": 4}
+    run = make(
+        tmp_path,
+        corpus,
+        world=world,
+        data={"auxiliary": {"path": str(corpus / "retain.jsonl")}},
+        tokenizer=str(prepared.folder / "tokenizer"),
+    )
+    assert set(run.facts["tokens"]) == {
+        f"{p}/{r}" for p in ("train", "validation") for r in ("retain", "forget", "auxiliary")
+    }
+    assert len((run.folder / "problems.jsonl").read_text().splitlines()) == 32
+    assert run.facts["vocab_size"] == 300
+    assert any("=" in text for text in texts(run, "train", "forget"))
+
+
+def test_half_of_a_role_is_made_again(corpus, prepared, tmp_path):
+    """Killed between the two stores of a role: the validation half was in memory only."""
+    import shutil
+
+    run = make(tmp_path, corpus)
+    (run.folder / "run.json").unlink()
+    shutil.rmtree(run.folder / "validation/forget")
+    run = make(tmp_path, corpus)
+    for part in ("train", "validation"):
+        assert numbers(run, part, "forget") == numbers(prepared, part, "forget")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {}}, "data.retain is missing"),
+        ({"world": {"name": "arithmetic"}}, "but the world generates it"),
+        ({"tokenizer": {"name": "words", "vocab_size": 300}}, "knows a world's own words only"),
+        ({"tokenizer": "/nowhere/tokenizer"}, "neither a folder with a tokenizer nor a hub id"),
+        ({"tokenizer": {"name": "byte_pairs", "vocab_size": 90_000}}, "tokens only; set tokenizer.vocab_size"),
+        ({"validation_share": 0.0}, "is left for validation"),
+        ({"shortest": 5000}, "is left for training"),
+    ],
+)
+def test_refusals(changes, said, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError) as error:
+        make(tmp_path, corpus, **changes)
+    assert said in str(error.value)
+    assert len(str(error.value).splitlines()) <= 2
+    assert not (tmp_path / "tiny/prepare/data/run.json").exists()
+
+
+def test_no_room_on_the_disk_is_said_before_anything_is_read(corpus, tmp_path, capsys):
+    data = {role: {"path": str(corpus / f"{role}.jsonl"), "tokens": 10**15} for role in WORDS}
+    with pytest.raises(ConfigError, match="GB are free"):
+        make(tmp_path, corpus, data=data)
+    assert "needs at most about" in capsys.readouterr().out

@@ -1,0 +1,103 @@
+"""Documents from the user's own files, good and bad."""
+
+import json
+import tracemalloc
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from undo.config import ConfigError, StageConfig, validate
+from undo.prepare_data.text import Source, read
+
+TEXTS = ["first document\nwith two lines", "zweites, mit Umlaut: ü", "세 번째"]
+
+
+def write(folder, suffix, texts=TEXTS, column="text"):
+    file = folder / f"corpus{suffix}"
+    match suffix:
+        case ".jsonl":
+            file.write_text("".join(json.dumps({column: t, "id": i}) + "\n\n" for i, t in enumerate(texts)))
+        case ".json":
+            file.write_text(json.dumps([{column: t} for t in texts], indent=1))
+        case ".txt":
+            file.write_text("\n\n\n".join(texts) + "\n")
+        case ".parquet":
+            parquet.write_table(pa.table({column: texts}), file, row_group_size=2)
+    return file
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".txt", ".parquet"])
+def test_every_kind_of_file(tmp_path, suffix):
+    file = write(tmp_path, suffix)
+    assert [text.strip() for text in Source(path=str(file)).texts()] == TEXTS
+
+
+def test_json_lines_in_a_json_file_and_a_byte_order_mark(tmp_path):
+    file = tmp_path / "corpus.json"
+    file.write_bytes(b"\xef\xbb\xbf" + b"".join(json.dumps({"text": t}).encode() + b"\n" for t in TEXTS))
+    assert list(Source(path=str(file)).texts()) == TEXTS
+
+
+def test_a_glob_reads_all_files_in_order_and_stops_at_the_limit(tmp_path):
+    for name in "ba":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"body": f"{name}{i}"}) + "\n" for i in range(3)))
+    source = Source(path=str(tmp_path / "*.jsonl"), column="body", documents=4)
+    assert list(source.texts()) == ["a0", "a1", "a2", "b0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl line 2: is not JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', "a.jsonl line 1: has no column 'text'; it has body"),
+        ("a.jsonl", b'{"text": 5}\n', "a.jsonl line 1: column 'text' holds int, not text"),
+        ("a.jsonl", b"[1]\n", "a.jsonl line 1: is no object"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xfcber"}\n', "a.jsonl line 2: is not UTF-8 (byte 0xfc)"),
+        ("a.txt", "Grüße".encode("utf-16"), "a.txt line 1: is not UTF-8"),
+        ("a.txt", b"\n \n", "holds no text"),
+        ("a.json", b'[{"text": "x"},\n', "a.json: is not JSON"),
+        ("a.json", b'[{"text": "x"}, {"t": 1}]', "a.json entry 1: has no column 'text'; it has t"),
+        ("a.parquet", b"PAR1 or not", "a.parquet: is no parquet file"),
+        ("a.jsonl", b"", "a.jsonl: is empty"),
+        ("a.csv", b"text\nx\n", "a.csv: unknown kind of file"),
+    ],
+)
+def test_a_bad_file_is_named_with_the_place(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        list(Source(path=str(tmp_path / name)).texts())
+    assert said in str(error.value)
+    assert len(str(error.value).splitlines()) <= 2
+
+
+def test_a_parquet_without_the_column_or_with_numbers(tmp_path):
+    file = write(tmp_path, ".parquet", column="body")
+    with pytest.raises(ConfigError, match=r"has no column 'text'; it has body"):
+        list(read(file, "text"))
+    parquet.write_table(pa.table({"text": [1, 2]}), file)
+    with pytest.raises(ConfigError, match="holds int64, not text"):
+        list(read(file, "text"))
+
+
+class Holder(StageConfig):
+    data: dict[str, Source]
+
+
+def test_no_such_file_and_no_place():
+    with pytest.raises(ConfigError, match="no such file"):
+        list(Source(path="/nowhere/*.jsonl").texts())
+    with pytest.raises(ConfigError, match="give `path`"):
+        validate(Holder, {"name": "x", "data": {"retain": {}}}, "test")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt"])
+def test_a_large_file_is_read_in_bounded_memory(tmp_path, suffix):
+    """64 MB of text, far more than is ever held."""
+    file = write(tmp_path, suffix, texts=["word " * 3200] * 4000)
+    tracemalloc.start()
+    count = sum(1 for _ in read(file, "text"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 4000
+    assert peak < 24_000_000
