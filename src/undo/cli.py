@@ -12,7 +12,7 @@ from rich.table import Table
 
 from undo.config import ConfigError, parse_overrides, validate
 from undo.display import LiveTable, si
-from undo.experiment import Costs, PlannedRun, check, find_config, jobs, plan, select
+from undo.experiment import Cost, Costs, PlannedRun, check, find_config, jobs, plan, select
 from undo.launch import run_jobs
 from undo.run import INTERRUPTED, Interrupted, Run
 from undo.stage import Stage
@@ -84,16 +84,22 @@ def show(runs: Sequence[PlannedRun], costs: Costs) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("run", "parents", "state"):
         table.add_column(column, overflow="fold")
-    table.add_column("FLOPs", justify="right")
-    total = 0.0
+    for column in ("tokens", "FLOPs", "H200 h"):
+        table.add_column(column, justify="right")
+    total = Cost(0, 0.0)
     for run in runs:
-        flops = costs.of(run)
-        total += flops or 0
+        cost = costs.of(run)
+        cells = ("", "", "") if cost is None else (si(cost.tokens), si(cost.flops), f"{cost.h200_hours:.2f}")
+        total = total if cost is None else Cost(total.tokens + cost.tokens, total.flops + cost.flops)
         state = "done" if run.directory.done else "to do"
-        table.add_row(run.name, ", ".join(run.config.parents()), state, "" if flops is None else si(flops))
-    console = Console(width=None if sys.stdout.isatty() else 160)
+        table.add_row(run.name, ", ".join(run.config.parents()), state, *cells)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(table)
-    console.print(f"{len(runs)} runs, {si(total)}FLOP of training at most", highlight=False)
+    console.print(
+        f"{len(runs)} runs; training at most: {si(total.tokens)}tokens, {si(total.flops)}FLOP, "
+        f"{total.h200_hours:.2f} hours of one H200 (modelled, at a quarter of its peak)",
+        highlight=False,
+    )
 
 
 # --- the worker: what a launched process does ----------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from undo.config import ConfigError, Raw, StageConfig, expand, read_yaml, validate
 from undo.launch import DeviceShare, Job, check_devices
@@ -130,8 +130,20 @@ def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
 # --- what it will cost ---------------------------------------------------------------------------------------------
 
 
+class Cost(NamedTuple):
+    """Of training, all steps of it; evaluation comes on top."""
+
+    tokens: int
+    flops: float
+
+    @property
+    def h200_hours(self) -> float:
+        """Modelled, at a quarter of an H200's 989 TFLOP/s (dense bf16)."""
+        return self.flops / (0.25 * 989e12) / 3600
+
+
 class Costs:
-    """Training FLOPs of planned runs, from the configs alone: a run's model is found by following its parents."""
+    """What planned runs cost, from the configs alone: a run's model is found by following its parents."""
 
     def __init__(self, planned: Sequence[PlannedRun], setting_folder: Path) -> None:
         self._planned = {p.name: p.config.model_dump() for p in planned}
@@ -164,7 +176,7 @@ class Costs:
         parents = [value for value in raw.values() if isinstance(value, str) and value.startswith(stages)]
         return next((found for p in parents if (found := self._search(self._raw(p), key)) is not None), None)
 
-    def of(self, run: PlannedRun) -> float | None:
+    def of(self, run: PlannedRun) -> Cost | None:
         """None for a stage that trains nothing, or where an ancestor is nowhere to be found."""
         if not isinstance(run.config, TrainingStage):
             return None
@@ -172,4 +184,5 @@ class Costs:
         shape, length = self._search(raw, "model"), self._search(raw, "length")
         if shape is None or length is None:
             return None
-        return run.config.flops_per_token(ReducedGemma2(**shape), length) * run.config.tokens(length)
+        tokens = run.config.tokens(length)
+        return Cost(tokens, run.config.flops_per_token(ReducedGemma2(**shape), length) * tokens)

@@ -115,7 +115,7 @@ class Results:
         """
         names = {a.model.name: a for a in self.attacked}
         unlearned = names.get(attacked.model.config.get("teacher", attacked.model.name))
-        oracle = next((a for a in self.attacked if a.label == "oracle" and a.model.seed == attacked.model.seed), None)
+        oracle = self.oracle_of(attacked)
         if attacked.label == "reference" or oracle is None:
             return None
         if attacked is oracle:
@@ -123,6 +123,12 @@ class Results:
         if unlearned is None or unlearned.last == oracle.last:
             return None
         return (attacked.last - unlearned.last) / (oracle.last - unlearned.last) + 0.0  # never -0.0
+
+    def oracle_of(self, attacked: Attacked) -> Attacked | None:
+        """The oracle of the same world: its seed is that of the model's teacher, where there is one."""
+        teacher = self.named(attacked.model.config.get("teacher", ""))
+        seed = (teacher or attacked.model).seed
+        return next((a for a in self.attacked if a.label == "oracle" and a.model.seed == seed), None)
 
     def table(self) -> list[dict[str, Any]]:
         """One row a model and seed; columns as in COLUMNS, None where there is nothing to say.

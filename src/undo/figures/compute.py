@@ -14,12 +14,11 @@ def robustness_against_compute(results: Results) -> "Figure | str":
     """x: S_student / S_oracle, S = training steps; y: robustness. Points are medians over seeds, bars their range."""
     from undo.figures.style import INK, color_of, panels
 
-    oracle_steps = {a.model.seed: a.model.facts["steps"] for a in results.attacked if a.label == "oracle"}
     groups: dict[str, list[tuple[Attacked, float, float]]] = {}
     for attacked in results.attacked:
-        robustness = results.robustness(attacked)
-        if "teacher" in attacked.model.config and robustness is not None:
-            compute = attacked.model.facts["steps"] / oracle_steps[attacked.model.seed]
+        robustness, oracle = results.robustness(attacked), results.oracle_of(attacked)
+        if "teacher" in attacked.model.config and robustness is not None and oracle is not None:
+            compute = attacked.model.facts["steps"] / oracle.model.facts["steps"]
             groups.setdefault(attacked.label, []).append((attacked, compute, robustness))
     if not groups:
         return "no student with an attacked teacher and oracle; make them with run_undo.py and run_relearn.py"
