@@ -20,7 +20,6 @@ import run_unlearn
 from undo import cli
 from undo.config import ConfigError, parse_overrides
 from undo.experiment import PlannedRun, find_config, plan, select
-from undo.figures import FIGURES
 from undo.prepare_data import prepare
 from undo.stage import Stage
 
@@ -66,7 +65,7 @@ def main() -> int:
         return status
     setting = planned(args)[0][0].directory.setting
     if any((args.runs / setting).glob("*/*/run.json")):
-        run_figures.report(setting, list(FIGURES), args.runs)
+        run_figures.report(setting, list(run_figures.NAMES), args.runs)
     return status
 
 

@@ -1,0 +1,237 @@
+"""The paper's claims as checks on the runs at hand: what was measured, on how many seeds, and whether it holds.
+
+A claim is measured seed by seed. It holds if it does so on every seed there is, fails if on none, and is mixed
+otherwise; where no run speaks to it, it says so. Nothing here is tuned to pass: the comparisons are the paper's.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import mean, median
+from typing import Final, Literal
+
+from undo.results import Attacked, Result, Results
+
+Verdict = Literal["holds", "mixed", "fails", "not run"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A claim on one seed, or on the median over all of them."""
+
+    seed: int | None
+    holds: bool
+    measured: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`observe` finds all seeds on which the runs at hand speak to the claim."""
+
+    section: str
+    sentence: str
+    observe: Callable[[Results], Iterable[Observation]]
+
+
+@dataclass(frozen=True)
+class Checked:
+    claim: Claim
+    observations: tuple[Observation, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        held = sum(o.holds for o in self.observations)
+        if not self.observations:
+            return "not run"
+        return "holds" if held == len(self.observations) else "mixed" if held else "fails"
+
+    @property
+    def seeds(self) -> str:
+        return f"{sum(o.holds for o in self.observations)} of {len(self.observations)}" if self.observations else "-"
+
+    @property
+    def measured(self) -> str:
+        return "; ".join(o.measured if o.seed is None else f"seed {o.seed}: {o.measured}" for o in self.observations)
+
+
+def check(results: Results) -> list[Checked]:
+    return [Checked(claim, tuple(sorted(claim.observe(results), key=lambda o: o.seed or 0))) for claim in CLAIMS]
+
+
+def as_markdown(checked: Sequence[Checked]) -> str:
+    rows = [(c.claim.section, c.claim.sentence, c.measured or "-", c.seeds, c.verdict) for c in checked]
+    lines = ["| section | claim | measured | holds on | verdict |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
+
+
+# --- the measurements ----------------------------------------------------------------------------------------------
+
+
+def _by_label(results: Results, *labels: str) -> Iterable[tuple[int, tuple[Attacked, ...]]]:
+    """Seeds that have been attacked under all of these labels."""
+    for seed in sorted({a.model.seed for a in results.attacked}):
+        found = {a.label: a for a in results.attacked if a.model.seed == seed}
+        if all(label in found for label in labels):
+            yield seed, tuple(found[label] for label in labels)
+
+
+def _more(a: Attacked, b: Attacked) -> bool:
+    """Whether the attack brings back more of the forgotten in `a` than in `b`: the mean over all evaluated steps."""
+    steps = sorted(a.worst_case.keys() & b.worst_case.keys() - {0})
+    first, second = (mean(x.worst_case[step] for step in steps) for x in (a, b))
+    return first > second if a.model.higher_is_better else first < second
+
+
+def _end(attacked: Attacked) -> str:
+    return f"{attacked.label} {attacked.last:.3f}"
+
+
+def matching_leaves_capabilities(results: Results) -> Iterable[Observation]:
+    for seed, (matched, random, oracle) in _by_label(results, "matched_reference", "matched_random", "oracle"):
+        holds = _more(matched, random) and _more(matched, oracle)
+        yield Observation(seed, holds, ", ".join(map(_end, (matched, random, oracle))))
+
+
+def distilling_beats_unlearning(results: Results) -> Iterable[Observation]:
+    models = {a.model.name: a for a in results.attacked}
+    for student in results.attacked:
+        teacher = models.get(student.model.config.get("teacher", ""))
+        if student.label.startswith("distilled") and teacher is not None:
+            yield Observation(student.model.seed, _more(teacher, student), f"{_end(teacher)}, {_end(student)}")
+
+
+def _over_alpha(results: Results) -> dict[int, list[Attacked]]:
+    """Seed -> UNDO models that differ in alpha only, by alpha."""
+    groups: dict[int, list[Attacked]] = {}
+    for a in results.attacked:
+        noise = a.model.config.get("noise")
+        if noise is not None and a.label == f"undo_{noise['alpha']}":
+            groups.setdefault(a.model.seed, []).append(a)
+    ordered = {s: sorted(group, key=lambda a: a.model.config["noise"]["alpha"]) for s, group in groups.items()}
+    return {seed: group for seed, group in ordered.items() if len(group) > 1}
+
+
+def robustness_rises_with_alpha(results: Results) -> Iterable[Observation]:
+    for seed, group in _over_alpha(results).items():
+        values = [results.robustness(a) for a in group]
+        if None not in values:
+            known = [value for value in values if value is not None]
+            pairs = zip(group, known, strict=True)
+            text = ", ".join(f"α={a.model.config['noise']['alpha']:g} {value:.2f}" for a, value in pairs)
+            yield Observation(seed, _rises(known), text)
+
+
+def compute_rises_with_alpha(results: Results) -> Iterable[Observation]:
+    for seed, group in _over_alpha(results).items():
+        steps = [a.model.facts["steps"] for a in group]
+        pairs = zip(group, steps, strict=True)
+        text = ", ".join(f"α={a.model.config['noise']['alpha']:g} {count}" for a, count in pairs)
+        yield Observation(seed, _rises(steps), text + " steps")
+
+
+def _rises(values: list[float] | list[int]) -> bool:
+    """From end to end, and never down by more than a tenth of the whole rise on the way."""
+    rise = values[-1] - values[0]
+    return rise > 0 and all(b >= a - rise / 10 for a, b in pairwise(values))
+
+
+def alpha_drives_cost_more_than_beta(results: Results) -> Iterable[Observation]:
+    for seed in sorted({run.seed for run in results.of("undo")}):
+        cost = {
+            (run.config["noise"]["alpha"], run.config["noise"]["beta"]): run.facts["steps"]
+            for run in results.of("undo")
+            if run.seed == seed and run.config["retain_threshold"] == 0.05
+        }
+        alphas, betas = ({point[i] for point in cost} for i in (0, 1))
+        betas = {beta for beta in betas if all((alpha, beta) in cost for alpha in alphas if (alpha, 0.1) in cost)}
+        alphas = {alpha for alpha in alphas if all((alpha, beta) in cost for beta in betas)}
+        if len(alphas) > 1 and len(betas) > 1:
+            over_alpha = [mean(cost[alpha, beta] for beta in betas) for alpha in alphas]
+            over_beta = [mean(cost[alpha, beta] for alpha in alphas) for beta in betas]
+            spans = [max(values) - min(values) for values in (over_alpha, over_beta)]
+            text = f"mean steps differ by {spans[0]:.0f} over alpha, {spans[1]:.0f} over beta"
+            yield Observation(seed, spans[0] > spans[1], text)
+
+
+def students_reach_the_teacher(results: Results) -> Iterable[Observation]:
+    for run in results.of("distill"):
+        teacher = results.named(run.config["teacher"])
+        if teacher is None or not run.config["variant"].startswith("distilled"):
+            continue
+        values = [r.facts["evaluation"]["retain"] for r in (run, teacher)]
+        ratio = values[0] / values[1] if run.higher_is_better else values[1] / values[0]
+        yield Observation(run.seed, ratio >= 0.95, f"{run.config['variant']} {values[0]:.3f} of {values[1]:.3f}")
+
+
+def maxent_is_near_uniform(results: Results) -> Iterable[Observation]:
+    taught = {run.config["teacher"] for stage in ("distill", "undo") for run in results.of(stage)}
+    for run in results.of("unlearn"):
+        if run.config["method"]["name"] == "maxent" and run.name in taught and not run.higher_is_better:
+            uniform = math.log(_vocabulary(results, run))
+            value = run.facts["evaluation"]["forget"]
+            yield Observation(run.seed, value > 0.95 * uniform, f"{value:.2f} of ln V = {uniform:.2f}")
+
+
+def _vocabulary(results: Results, run: Result) -> int:
+    reference = results.named(run.config["reference"])
+    return 256_000 if reference is None else reference.config["model"]["vocab_size"]
+
+
+def undo_is_on_the_front(step: int) -> Callable[[Results], Iterable[Observation]]:
+    """Median over seeds of retain performance before, and of the worst-case forget performance after, `step` steps."""
+
+    def observe(results: Results) -> Iterable[Observation]:
+        points: dict[str, list[tuple[float, float]]] = {}
+        for a in results.attacked:
+            if a.label in ("reference", "oracle") or a.label.startswith(("matched", "distilled")):
+                continue  # no method of unlearning, or one that costs a whole distillation
+            if step in a.worst_case:
+                sign = 1 if a.model.higher_is_better else -1
+                points.setdefault(a.label, []).append(
+                    (sign * a.model.facts["evaluation"]["retain"], -sign * a.worst_case[step])
+                )
+        medians = {label: (median(p[0] for p in ps), median(p[1] for p in ps)) for label, ps in points.items()}
+        ours = [label for label in medians if label.startswith("undo_")]
+        if not ours or len(ours) == len(medians):
+            return
+        front = [
+            label
+            for label, (retain, forget) in medians.items()
+            if not any(r >= retain and f >= forget and (r, f) != (retain, forget) for r, f in medians.values())
+        ]
+        on_it = [label for label in ours if label in front]
+        yield Observation(None, bool(on_it), f"medians over seeds; on the front: {', '.join(front)}")
+
+    return observe
+
+
+CLAIMS: Final[tuple[Claim, ...]] = (
+    Claim(
+        "3, Fig. 2",
+        "A reference model taught to behave as the oracle relearns faster than the oracle and than a random student.",
+        matching_leaves_capabilities,
+    ),
+    Claim(
+        "4, Fig. 4",
+        "Distilling an unlearned model into a random student makes it relearn more slowly.",
+        distilling_beats_unlearning,
+    ),
+    Claim(
+        "4, App. C",
+        "A distilled student reaches 95 % of its teacher's retain performance.",
+        students_reach_the_teacher,
+    ),
+    Claim(
+        "B.1", "MaxEnt leaves a cross entropy near ln V on the forget text (over 95 % of it).", maxent_is_near_uniform
+    ),
+    Claim("5, Fig. 5", "Robustness rises with alpha.", robustness_rises_with_alpha),
+    Claim("5, Fig. 5", "The compute that distillation needs rises with alpha.", compute_rises_with_alpha),
+    Claim("5, Fig. 6", "Alpha changes that compute more than beta does.", alpha_drives_cost_more_than_beta),
+    Claim(
+        "6, Fig. 7",
+        "After 40 steps of attack, UNDO is on the Pareto front of retain and forget.",
+        undo_is_on_the_front(40),
+    ),
+    Claim("6, Fig. 7", "After 500 steps, too.", undo_is_on_the_front(500)),
+)
