@@ -6,7 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from undo.claims import CLAIMS, as_markdown, check
-from undo.results import Results
+from undo.figures import FIGURES, draw
+from undo.results import Results, pareto_front
 
 STEPS = (0, 20, 40, 500)
 
@@ -35,8 +36,11 @@ class World:
         curve = {step: end * i / (len(STEPS) - 1) for i, step in enumerate(STEPS)}
         self.run(f"relearn/{variant}-{seed}", variant, seed=seed, curve=curve, model=name)
 
+    def results(self) -> Results:
+        return Results.read(self.folder, "made")
+
     def verdicts(self) -> dict[str, str]:
-        checked = check(Results.read(self.folder, "made"))
+        checked = check(self.results())
         return {c.claim.sentence: c.verdict for c in checked}
 
 
@@ -68,7 +72,7 @@ def test_distilling_and_the_teacher_s_retain_performance_seed_by_seed(world):
         world.model(f"distill/d-{seed}", "distilled", end, seed=seed, retain=retain, teacher=f"unlearn/m-{seed}")
     assert world.verdicts()[sentence("Distilling an unlearned")] == "mixed"
     assert world.verdicts()[sentence("A distilled student reaches")] == "mixed"
-    text = as_markdown(check(Results.read(world.folder, "made")))
+    text = as_markdown(check(world.results()))
     assert (
         "seed 0: unlearned 0.900, distilled 0.500; seed 1: unlearned 0.900, distilled 0.950 | 1 of 2 | mixed |" in text
     )
@@ -130,3 +134,38 @@ def test_lower_is_better_for_cross_entropy(tmp_path):
     world.model("distill/d", "distilled", 6.0, retain=4.1, teacher="unlearn/m")
     assert world.verdicts()[sentence("Distilling an unlearned")] == "holds"
     assert world.verdicts()[sentence("A distilled student reaches")] == "holds"
+
+
+def test_figures_2_6_and_7_from_what_they_need(world):
+    """Drawn as files, or in words what is missing."""
+    missing = dict(
+        zip(("fig2", "fig6", "fig7"), draw(["fig2", "fig6", "fig7"], world.results(), world.folder), strict=True)
+    )
+    assert all("not drawn" in line for line in missing.values())
+    world.model("pretrain/oracle", "oracle", 0.2)
+    for student in ("reference", "random"):
+        world.model(f"distill/{student}", f"matched_{student}", 0.5, teacher="pretrain/oracle")
+        with open(world.folder / "made/distill" / student / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps({"step": step, "loss/kl": 1 / step}) + "\n" for step in range(1, 30))
+    world.model("unlearn/m", "unlearned", 0.9, method={"name": "maxent"}, reference="x")
+    for alpha in (0.1, 0.5):
+        for beta in (0.1, 1.0):
+            label = f"undo_{alpha}" + ("" if beta == 0.1 else f"_beta_{beta}")
+            noise = {"alpha": alpha, "beta": beta}
+            world.model(f"undo/{label}", label, 0.8 - alpha, steps=int(900 * alpha), teacher="unlearn/m", noise=noise)
+    lines = draw(["fig2", "fig6", "fig7"], world.results(), world.folder)
+    assert not any("not drawn" in line for line in lines)
+    for name in ("fig2", "fig6", "fig7"):
+        for suffix in ("pdf", "png"):
+            assert (world.folder / f"{name}.{suffix}").stat().st_size > 5000
+    texts = [text.get_text() for axis in FIGURES["fig6"](world.results()).axes for text in axis.texts]
+    assert texts == ["90", "90", "450", "450"]  # the cost matrix
+    titles = [axis.get_title() for axis in FIGURES["fig7"](world.results()).axes]
+    assert titles == ["before the attack", "after 40 steps", "after 500 steps"]
+
+
+def test_pareto_front_by_hand():
+    points = {"a": (0.9, 0.5), "b": (0.8, 0.2), "c": (0.8, 0.3), "d": (0.9, 0.5), "e": (0.1, 0.9)}
+    assert pareto_front(points, higher_is_better=True) == ["a", "b", "d"]
+    losses = {"a": (4.0, 9.0), "b": (5.0, 11.0), "c": (5.0, 10.0)}
+    assert pareto_front(losses, higher_is_better=False) == ["a", "b"]

@@ -11,7 +11,7 @@ from itertools import pairwise
 from statistics import mean, median
 from typing import Final, Literal
 
-from undo.results import Attacked, Result, Results
+from undo.results import Attacked, Result, Results, pareto_front
 
 Verdict = Literal["holds", "mixed", "fails", "not run"]
 
@@ -187,19 +187,12 @@ def undo_is_on_the_front(step: int) -> Callable[[Results], Iterable[Observation]
             if a.label in ("reference", "oracle") or a.label.startswith(("matched", "distilled")):
                 continue  # no method of unlearning, or one that costs a whole distillation
             if step in a.worst_case:
-                sign = 1 if a.model.higher_is_better else -1
-                points.setdefault(a.label, []).append(
-                    (sign * a.model.facts["evaluation"]["retain"], -sign * a.worst_case[step])
-                )
+                points.setdefault(a.label, []).append((a.model.facts["evaluation"]["retain"], a.worst_case[step]))
         medians = {label: (median(p[0] for p in ps), median(p[1] for p in ps)) for label, ps in points.items()}
         ours = [label for label in medians if label.startswith("undo_")]
         if not ours or len(ours) == len(medians):
             return
-        front = [
-            label
-            for label, (retain, forget) in medians.items()
-            if not any(r >= retain and f >= forget and (r, f) != (retain, forget) for r, f in medians.values())
-        ]
+        front = pareto_front(medians, results.attacked[0].model.higher_is_better)
         on_it = [label for label in ours if label in front]
         yield Observation(None, bool(on_it), f"medians over seeds; on the front: {', '.join(front)}")
 

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -152,6 +152,17 @@ class Results:
                 }
             )
         return rows
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]], higher_is_better: bool) -> list[str]:
+    """Which (retain, forget) performances no other one beats: better on retain and worse on forget, or equal in one."""
+    sign = 1 if higher_is_better else -1
+    merits = {label: (sign * retain, -sign * forget) for label, (retain, forget) in points.items()}
+    return [
+        label
+        for label, mine in merits.items()
+        if not any(other[0] >= mine[0] and other[1] >= mine[1] and other != mine for other in merits.values())
+    ]
 
 
 def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> None:

@@ -17,7 +17,7 @@ class TokenCrossEntropy(EvaluationConfig):
 
     name: Literal["cross_entropy"] = "cross_entropy"
     higher_is_better: ClassVar[bool] = False
-    unit: ClassVar[str] = "cross entropy (nats per token)"
+    unit: ClassVar[str] = "cross entropy (nats)"
 
     rows: Count = 16
 

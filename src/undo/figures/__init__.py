@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Final
 
 from undo.config import ConfigError
 from undo.figures.compute import robustness_against_compute
+from undo.figures.matching import oracle_matching
+from undo.figures.noise import noise_grid
 from undo.figures.relearning import relearning_curves
+from undo.figures.tradeoff import retain_against_forget
 from undo.figures.unlearning import unlearning_tradeoff
 
 if TYPE_CHECKING:
@@ -15,9 +18,12 @@ if TYPE_CHECKING:
     from undo.results import Results
 
 FIGURES: Final[dict[str, Callable[["Results"], "Figure | str"]]] = {
+    "fig2": oracle_matching,
     "fig3": unlearning_tradeoff,
     "fig4": relearning_curves,
     "fig5": robustness_against_compute,
+    "fig6": noise_grid,
+    "fig7": retain_against_forget,
 }
 
 

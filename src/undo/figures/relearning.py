@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from undo.figures.unlearning import NAMES as METHODS
 from undo.results import Attacked, Results
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ def describe(attacked: Attacked) -> str:
     """The name of a model in a legend."""
     alpha = alpha_of(attacked)
     if alpha is not None:
-        return f"UNDO, α = {alpha:g}"
-    names = {"oracle": "oracle (data filtering)", "unlearned": "unlearn only", "distilled": "unlearn and distill"}
-    return names.get(attacked.label, attacked.label)
+        noise, within = attacked.model.config["noise"], attacked.model.config["retain_threshold"]
+        beta = "" if noise["beta"] == 0.1 else f", β = {noise['beta']:g}"
+        return f"UNDO, α = {alpha:g}{beta}" + ("" if within in (0.05, None) else f", within {within:.0%}")
+    if attacked.label == "oracle":
+        return "oracle (data filtering)"
+    kind, _, method = attacked.label.partition("_")
+    names = {"unlearned": "unlearn only", "distilled": "unlearn and distill"}
+    return attacked.label if kind not in names else names[kind] + (f", {METHODS.get(method, method)}" if method else "")

@@ -13,6 +13,10 @@ COLORS: Final = {  # Okabe and Ito
     "oracle": "#000000",
     "unlearned": "#D55E00",
     "distilled": "#0072B2",
+    "unlearned_graddiff": "#E69F00",
+    "unlearned_rmu": "#CC79A7",
+    "distilled_graddiff": "#56B4E9",
+    "distilled_rmu": "#009E73",
     "retain": "#0072B2",
     "forget": "#D55E00",
 }
@@ -37,7 +41,10 @@ def panels(count: int, columns: int = 4, sharey: bool = True) -> tuple[Figure, l
 
 def color_of(label: str, alpha: float | None = None) -> str:
     """A model's own colour; UNDO's runs from light to dark with alpha."""
-    if alpha is not None:
-        red, green, blue, _ = matplotlib.colormaps["viridis"](0.85 - 0.8 * alpha)
-        return to_hex((red, green, blue))
-    return COLORS.get(label, INK)
+    return COLORS.get(label, INK) if alpha is None else shade(alpha)
+
+
+def shade(share: float) -> str:
+    """0 to 1 -> light to dark."""
+    red, green, blue, _ = matplotlib.colormaps["viridis"](0.85 - 0.8 * share)
+    return to_hex((red, green, blue))

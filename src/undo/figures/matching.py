@@ -1,0 +1,46 @@
+"""Figure 2: oracle matching. Behaviour can be copied exactly while the capability stays."""
+
+from typing import TYPE_CHECKING, Final
+
+from undo.results import Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAMES: Final = {
+    "matched_reference": ("student (reference)", "#D55E00"),
+    "matched_random": ("student (random)", "#0072B2"),
+    "oracle": ("oracle teacher", "#000000"),
+}
+
+
+def oracle_matching(results: Results) -> "Figure | str":
+    """Left: the distillation loss of both students. Right: relearning curves; thin each adversary, bold the worst case.
+
+    With several seeds, the first one is drawn.
+    """
+    from undo.figures.style import panels
+
+    found = [a for a in results.attacked if a.label in NAMES]
+    students = [a for a in found if a.label != "oracle"]
+    if not students:
+        return "no oracle-matched student has been attacked; make them with run_distill.py and run_relearn.py"
+    first = min(a.model.seed for a in students)
+    figure, (losses, curves) = panels(2, sharey=False)
+    for attacked in (a for a in found if a.model.seed == first):
+        name, color = NAMES[attacked.label]
+        if attacked in students:
+            loss = [(r["step"], r["loss/kl"]) for r in attacked.model.directory.records() if "loss/kl" in r]
+            losses.plot(*zip(*loss, strict=True), color=color, linewidth=1.2)
+        for adversary in attacked.adversaries:
+            curve = adversary.curve("forget")
+            curves.plot(list(curve), list(curve.values()), color=color, linewidth=0.6, alpha=0.4)
+        worst = attacked.worst_case
+        curves.plot(list(worst), list(worst.values()), color=color, linewidth=2.2, label=name)
+    losses.set_yscale("log")
+    losses.set_ylabel("KL to the oracle (nats)", fontsize=8)
+    losses.set_xlabel("distillation steps", fontsize=8)
+    curves.set_ylabel(f"forget {found[0].model.unit}", fontsize=8)
+    curves.set_xlabel("relearning steps", fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
+    return figure

@@ -1,0 +1,59 @@
+"""Figure 7: retain against forget performance, before the attack and under it."""
+
+from statistics import median
+from typing import TYPE_CHECKING
+
+from undo.figures.relearning import alpha_of, describe
+from undo.results import Attacked, Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def retain_against_forget(results: Results) -> "Figure | str":
+    """Three panels: no attack, a moderate one (40 of the paper's 500 steps, or that share of fewer), the whole attack.
+
+    x: retain performance before the attack; y: worst-case forget performance. Points are medians over seeds, bars their
+    range, the line is the Pareto front; reference and oracle are shown, and take no part in it.
+    """
+    from undo.figures.style import INK, color_of, panels
+    from undo.results import pareto_front
+
+    groups: dict[str, list[Attacked]] = {}
+    for attacked in results.attacked:
+        if not attacked.label.startswith("matched_") and "_beta_" not in attacked.label:  # Figures 2 and 6
+            groups.setdefault(attacked.label, []).append(attacked)
+    if not groups:
+        return "no relearn run is done; make them with run_relearn.py"
+    steps = sorted(set.intersection(*(set(a.worst_case) for members in groups.values() for a in members)))
+    last = steps[-1]
+    moderate = min(steps, key=lambda step: abs(step - (40 if last >= 500 else last * 40 / 500)))
+    chosen = sorted({0, moderate if moderate else steps[min(1, len(steps) - 1)], last})
+    figure, axes = panels(len(chosen))
+    for axis, step in zip(axes, chosen, strict=True):
+        points = {}
+        for label, members in groups.items():
+            xs = [a.model.facts["evaluation"]["retain"] for a in members]
+            ys = [a.worst_case[step] for a in members]
+            x, y = median(xs), median(ys)
+            color = color_of(label, alpha_of(members[0]))
+            axis.errorbar(
+                x,
+                y,
+                xerr=[[x - min(xs)], [max(xs) - x]],
+                yerr=[[y - min(ys)], [max(ys) - y]],
+                fmt="*" if label in ("reference", "oracle") else "o",
+                color=color,
+                capsize=2,
+                elinewidth=0.7,
+                label=describe(members[0]) if axis is axes[0] else None,
+            )
+            if label not in ("reference", "oracle"):
+                points[label] = (x, y)
+        front = sorted(points[label] for label in pareto_front(points, results.attacked[0].model.higher_is_better))
+        axis.plot([p[0] for p in front], [p[1] for p in front], color=INK, linewidth=0.8, linestyle="--", zorder=0)
+        axis.set_title("before the attack" if step == 0 else f"after {step} steps", fontsize=9)
+        axis.set_xlabel(f"retain {results.attacked[0].model.unit}", fontsize=8)
+    axes[0].set_ylabel(f"forget {results.attacked[0].model.unit}", fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4, frameon=False)
+    return figure
