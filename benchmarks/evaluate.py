@@ -62,7 +62,7 @@ def accuracy(side: Side, args: argparse.Namespace) -> Callable[[], float]:
     assert device is not None
     world = {"problems": 8000, "largest_term": 20, "largest_factor": 10, "validation_per_cell": args.problems // 8}
     config = Prepare.model_validate(
-        {"name": "data", "world": world, "tokenizer": {"vocab_size": 448}, "length": 64}, strict=False
+        {"name": "data", "world": world, "tokenizer": {"name": "words", "vocab_size": 448}, "length": 64}, strict=False
     )
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), "benchmark", "prepare/data")

@@ -166,7 +166,7 @@ def _prepare_demo(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
     world = {"problems": 8000, "largest_term": 20, "largest_factor": 10, "validation_per_cell": 50}
     config = Prepare.model_validate(
-        {"name": "data", "world": world, "tokenizer": {"vocab_size": 448}, "length": 64}, strict=False
+        {"name": "data", "world": world, "tokenizer": {"name": "words", "vocab_size": 448}, "length": 64}, strict=False
     )
     run = Run(folder, "benchmark", "prepare/data")
     run.claim(config)

@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     run = Run(tmp_path_factory.mktemp("runs"), "tiny", "prepare/data")
     world = {"problems": 4000, "largest_term": 10, "largest_factor": 6, "validation_per_cell": 12, "holdout": 0.1}
     config = Prepare.model_validate(
-        {"name": "data", "world": world, "tokenizer": {"vocab_size": 448}, "length": 32}, strict=False
+        {"name": "data", "world": world, "tokenizer": {"name": "words", "vocab_size": 448}, "length": 32}, strict=False
     )
     run.claim(config)
     run.open(config)

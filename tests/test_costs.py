@@ -44,7 +44,7 @@ def test_the_counter_by_hand():
 def test_passes_over_the_logits(drawn, monkeypatch):
     """Forward and backward in eager torch. The authors' own code was counted at 62, 29 and 44."""
     student, teacher, labels = drawn
-    monkeypatch.setattr(losses, "grid", lambda weight: Grid(TOKENS, VOCABULARY))
+    monkeypatch.setattr(losses, "grid", lambda *_: Grid(TOKENS, VOCABULARY))
     targets = {
         "kl": ForwardKL(teacher["hidden"], Head(teacher["weight"], 30.0)),
         "ce": CrossEntropy(labels),
@@ -96,7 +96,7 @@ def test_nothing_grows_with_tokens_times_vocabulary(loss, monkeypatch):
     """The largest tensor of a whole step, head and embedding included, is a chunk of logits: 8 rows here."""
     shape = SHAPE.model_copy(update={"vocab_size": 3000})
     student, teacher = lively(shape.build(0)), freeze(lively(shape.build(1)))
-    monkeypatch.setattr(losses, "grid", lambda weight: Grid(20, 700))
+    monkeypatch.setattr(losses, "grid", lambda *_: Grid(20, 700))
     tokens = batch(rows=16, vocab_size=3000)
     assert tokens.total > 80
     with Counter() as counter:

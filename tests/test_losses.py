@@ -62,7 +62,7 @@ def test_equals_the_formula_with_gradients(kind, tokens, vocabulary, softcap, te
     labels = torch.randint(vocabulary, (tokens,), generator=rng)
     expected = naive(kind, hidden, Head(weight, softcap), labels, teacher)
     expected_grads = torch.autograd.grad(expected, (hidden, weight))
-    with patch.object(losses, "grid", lambda weight: Grid(rows, columns)):
+    with patch.object(losses, "grid", lambda *_: Grid(rows, columns)):
         got = linear_loss(hidden, Head(weight, softcap), target(kind, labels, teacher))
         with torch.no_grad():
             evaluated = linear_loss(hidden, Head(weight, softcap), target(kind, labels, teacher))
@@ -142,7 +142,7 @@ def test_autocast_rounds_the_products_only():
 def test_most_likely_is_the_arg_max(tokens, vocabulary, rows, columns):
     rng = torch.Generator().manual_seed(vocabulary)
     hidden, weight = torch.randn(tokens, WIDTH, generator=rng), torch.randn(vocabulary, WIDTH, generator=rng)
-    with patch.object(losses, "grid", lambda weight: Grid(rows, min(columns, vocabulary))):
+    with patch.object(losses, "grid", lambda *_: Grid(rows, min(columns, vocabulary))):
         got = losses.most_likely(hidden, Head(weight, 30.0))
     assert torch.equal(got, capped(hidden, Head(weight, 30.0)).argmax(-1))
 
@@ -167,7 +167,7 @@ def test_one_graph_for_the_compiler(kind, monkeypatch):
     torch.manual_seed(4)
     hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     chosen = target(kind, torch.randint(50, (20,)), (torch.randn(20, 8), Head(torch.randn(50, 8), 30.0)))
-    monkeypatch.setattr(losses, "grid", lambda weight: Grid(8, 50))
+    monkeypatch.setattr(losses, "grid", lambda *_: Grid(8, 50))
     plain = linear_loss(hidden, Head(weight, 30.0), chosen)
     expected = plain, *torch.autograd.grad(plain, (hidden, weight))
     monkeypatch.setattr(losses, "_fused", compiled)

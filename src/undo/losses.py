@@ -40,7 +40,7 @@ def forward_kl(student: Gemma2ForCausalLM, teacher: Gemma2ForCausalLM, tokens: T
 
 def most_likely(hidden: Tensor, head: Head) -> Tensor:
     """The arg-max of each token's logits; the softcap is monotone and does not matter. -> int64 [tokens]."""
-    kind, size = hidden.device.type, grid(head.weight)
+    kind, size = hidden.device.type, grid(head.weight, len(hidden))
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
         logits = Logits(head, size, precision)
@@ -72,12 +72,14 @@ class Grid(NamedTuple):
     columns: int
 
 
-def grid(weight: Tensor) -> Grid:
+def grid(weight: Tensor, tokens: int) -> Grid:
     """On a CPU a tile stays in the cache for all that is done to it; a GPU wants few and large operations."""
     vocabulary = weight.shape[0]
     if weight.is_cuda:
-        return Grid(max(1, (1 << 29) // vocabulary), vocabulary)  # 2 GiB of fp32 logits at once
-    return Grid(min(512, max(1, (1 << 25) // vocabulary)), min(2048, vocabulary))  # 128 MiB at most
+        rows, columns = (1 << 29) // vocabulary, vocabulary  # 2 GiB of fp32 logits at once
+    else:
+        rows, columns = min(512, (1 << 25) // vocabulary), min(2048, vocabulary)  # 128 MiB at most
+    return Grid(max(1, min(rows, tokens)), columns)
 
 
 class Logits:
@@ -154,8 +156,7 @@ Pull = tuple[Tensor, Tensor | None]  # a tile's share of each token's loss, and 
 
 def linear_loss(hidden: Tensor, head: Head, target: Target) -> Tensor:
     """Sum of the target's loss over tokens. hidden: [tokens, width]. Scalar; 0 for no tokens."""
-    # inside a Function nothing requires a gradient and autocast would be invisible in the backward: settled here
-    kind = hidden.device.type
+    kind = hidden.device.type  # autocast is asked here once, and from here on every precision is explicit
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
         if not torch.is_grad_enabled():
@@ -195,7 +196,7 @@ def _sum_of_tiles(
     grad_weight: Tensor | None,
 ) -> Tensor:
     """The loss. Its gradients overwrite the two tensors, where they are given."""
-    size = grid(head.weight)
+    size = grid(head.weight, len(hidden))
     form = Form(None if grad_hidden is grad_weight is None else precision, head.softcap is not None)
     student, teacher = Logits(head, size, precision), None
     if target.teacher is not None:
