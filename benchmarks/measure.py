@@ -48,6 +48,7 @@ SIDES = {
 # What a table shows: title -> (baseline, ours)
 RATIOS = {
     "published / ours, default malloc": ("published", "ours"),
+    "published / ours as launched (bf16, tuned malloc)": ("published", "ours_bf16"),
     "published / ours bf16, tuned malloc both": ("published_tuned", "ours_bf16"),
     "fixed / ours bf16, tuned malloc both": ("fixed", "ours_bf16"),
 }

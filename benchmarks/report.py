@@ -19,12 +19,12 @@ import measure
 HERE = Path(__file__).parent
 ON_CPU = [
     "losses.py --tokens 512",
-    "losses.py --tokens 1024 --case kl --sides published,ours --repeats 2",
+    "losses.py --tokens 1024 --case kl --sides published,ours --repeats 1",
     "train.py --length 256 --case distill-0.1B --case pretrain-0.1B",
     "train.py --length 128 --case rmu-0.1B",
-    "evaluate.py --case accuracy --repeats 2",
-    "evaluate.py --case validation_loss --documents 32",
-    "relearn.py --case demo --repeats 2",
+    "evaluate.py --case accuracy --repeats 1",
+    "evaluate.py --case validation_loss --length 2048 --documents 16 --repeats 2",
+    "relearn.py --case demo --repeats 1",
     "relearn.py --case language-0.1B --case language-0.1B-subset --repeats 1",
 ]
 ON_A_GPU = [
