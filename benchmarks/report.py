@@ -1,6 +1,6 @@
 """All benchmarks in turn, and their table: benchmarks/results/<date>-<device>.jsonl and .md.
 
-    uv run benchmarks/report.py [--quick]          # 40 minutes on 2 cores
+    uv run benchmarks/report.py [--quick]          # half an hour on 2 cores
     uv run benchmarks/report.py --table FILE.jsonl  # only the table of an earlier run
 
 Equality is checked before anything is timed (equality.py), and each benchmark compares the values of all its sides.
@@ -18,14 +18,16 @@ import measure
 
 HERE = Path(__file__).parent
 ON_CPU = [
-    "losses.py --tokens 512",
+    "losses.py --tokens 512 --threads 1 --repeats 2",
+    "losses.py --tokens 512 --threads 2 --repeats 2",
     "losses.py --tokens 1024 --case kl --sides published,ours --repeats 1",
-    "train.py --length 256 --case distill-0.1B --case pretrain-0.1B",
+    "train.py --length 256 --case distill-0.1B --case pretrain-0.1B --repeats 2",
     "train.py --length 128 --case rmu-0.1B",
     "evaluate.py --case accuracy --repeats 1",
-    "evaluate.py --case validation_loss --length 2048 --documents 16 --repeats 2",
+    "evaluate.py --case validation_loss --length 2048 --documents 16 --repeats 1",
     "relearn.py --case demo --repeats 1",
-    "relearn.py --case language-0.1B --case language-0.1B-subset --repeats 1",
+    "relearn.py --case language-0.1B --steps 2 --repeats 1",
+    "relearn.py --case language-0.1B-subset --steps 2 --repeats 1 --sides published,ours",
 ]
 ON_A_GPU = [
     "losses.py --tokens 8192",
@@ -90,14 +92,16 @@ def table(path: Path) -> str:
     text = [
         f"# Benchmarks, {facts['date']}, {facts['device']}",
         "",
-        f"{facts['cores']} cores, {facts['threads']} threads; {versions}; revision {facts['revision']}. "
+        f"{facts['cores']} cores; {versions}; revision {facts['revision']}. "
         f"Made by `uv run benchmarks/report.py`; all numbers in {path.name}.",
         "",
         "Ratios are baseline / ours, medians over interleaved rounds: larger is better. *Published*: the authors' way, "
         "fp32. *Fixed*: the same with one-line fixes (autocast, fused AdamW, batched generation).",
         "",
-        "| benchmark | tokens | " + " | ".join(titles) + " | target of the first | memory | tokens/s | GFLOP/s | MFU |",
-        "| --- |" + " --- |" * (len(titles) + 6),
+        "| benchmark | tokens | threads | "
+        + " | ".join(titles)
+        + " | target of the first | memory | tokens/s | GFLOP/s | MFU |",
+        "| --- |" + " --- |" * (len(titles) + 7),
     ]
     for line in lines:
         ratios = [line["ratios"].get(title) for title in titles]
@@ -107,13 +111,16 @@ def table(path: Path) -> str:
         cells.append(f"{line['tokens_per_s']:,}")
         cells.append("-" if line["flops_per_s"] is None else f"{line['flops_per_s'] / 1e9:.0f}")
         cells.append("-" if line["mfu"] is None else f"{line['mfu']:.1%}")
-        text.append(f"| {line['name']} | {line['tokens']:,} | " + " | ".join(cells) + " |")
+        text.append(f"| {line['name']} | {line['tokens']:,} | {line['threads']} | " + " | ".join(cells) + " |")
     sides = list(dict.fromkeys(side for line in lines for side in line["seconds"]))
     text += ["", "Seconds, and peak MiB above what a side holds between repetitions:", ""]
-    text += ["| benchmark | tokens | " + " | ".join(sides) + " |", "| --- | --- |" + " --- |" * len(sides)]
+    text += [
+        "| benchmark | tokens | threads | " + " | ".join(sides) + " |",
+        "| --- | --- | --- |" + " --- |" * len(sides),
+    ]
     for line in lines:
         cells = [f"{line['seconds'][s]:.3g} s, {line['peak_mib'][s]:,}" if s in line["seconds"] else "-" for s in sides]
-        text.append(f"| {line['name']} | {line['tokens']:,} | " + " | ".join(cells) + " |")
+        text.append(f"| {line['name']} | {line['tokens']:,} | {line['threads']} | " + " | ".join(cells) + " |")
     return "\n".join([*text, ""])
 
 
