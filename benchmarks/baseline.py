@@ -24,22 +24,32 @@ def capped(hidden: Tensor, weight: Tensor, softcap: float = 30.0) -> Tensor:
     return logits * softcap
 
 
-def forward_kl(teacher: Tensor, student: Tensor, mask: Tensor) -> Tensor:
-    """Logits [rows, length, vocabulary] and a mask of the tokens that count."""
-    teacher, student = teacher.contiguous(), student.contiguous()
+def shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and the tokens that follow them, as copies: [rows, length, ...] -> [rows, length - 1, ...]."""
+    return logits[:, :-1, :].contiguous(), labels[:, 1:].contiguous()
+
+
+def forward_kl(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
+    """Logits of both models, and the text; the softmax of the teacher is taken twice, each time from a masked copy."""
+    teacher, targets = shifted(teacher, labels)
+    student, _ = shifted(student, labels)
+    mask = targets != IGNORE
     target, log_target = F.softmax(teacher[mask], -1), F.log_softmax(teacher[mask], -1)
     return (target * (log_target - F.log_softmax(student[mask], -1))).sum(-1).mean()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return losses.mean()
+    logits, targets = shifted(logits, labels)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="none").mean()
 
 
-def uniform_kl(logits: Tensor) -> Tensor:
+def uniform_kl(logits: Tensor, labels: Tensor) -> Tensor:
+    logits, targets = shifted(logits, labels)
     uniform = torch.ones_like(logits)
     target, log_target = F.softmax(uniform, -1), F.log_softmax(uniform, -1)
-    return (target * (log_target - F.log_softmax(logits, -1))).sum(-1).mean()
+    divergence = (target * (log_target - F.log_softmax(logits, -1))).sum(-1)
+    mask = targets != IGNORE
+    return (divergence * mask).sum() / mask.sum()
 
 
 def rmu(model: Gemma2ForCausalLM, reference: Gemma2ForCausalLM, ids: Tensor, layer: int, target: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """All benchmarks in turn, and their table: benchmarks/results/<date>-<device>.jsonl and .md.
 
-    uv run benchmarks/report.py [--quick]          # half an hour on 2 cores
+    uv run benchmarks/report.py [--quick]          # 25 minutes on 2 cores
     uv run benchmarks/report.py --table FILE.jsonl  # only the table of an earlier run
 
 Equality is checked before anything is timed (equality.py), and each benchmark compares the values of all its sides.
@@ -19,15 +19,13 @@ import measure
 HERE = Path(__file__).parent
 ON_CPU = [
     "losses.py --tokens 512 --threads 1 --repeats 2",
-    "losses.py --tokens 512 --threads 2 --repeats 2",
     "losses.py --tokens 1024 --case kl --sides published,ours --repeats 1",
-    "train.py --length 256 --case distill-0.1B --case pretrain-0.1B --repeats 2",
+    "train.py --length 256 --case distill-0.1B --repeats 2",
     "train.py --length 128 --case rmu-0.1B",
     "evaluate.py --case accuracy --repeats 1",
     "evaluate.py --case validation_loss --length 2048 --documents 16 --repeats 1",
     "relearn.py --case demo --repeats 1",
     "relearn.py --case language-0.1B --steps 2 --repeats 1",
-    "relearn.py --case language-0.1B-subset --steps 2 --repeats 1 --sides published,ours",
 ]
 ON_A_GPU = [
     "losses.py --tokens 8192",

@@ -101,3 +101,9 @@ def test_a_large_file_is_read_in_bounded_memory(tmp_path, suffix):
     tracemalloc.stop()
     assert count == 4000
     assert peak < 24_000_000
+
+
+def test_a_text_without_blank_lines_is_cut_into_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("a line of text\n" * 200_000)
+    texts = list(read(tmp_path / "a.txt", "text"))
+    assert [len(text) for text in texts] == [1_000_005, 1_000_005, 999_990]

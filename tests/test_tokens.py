@@ -7,8 +7,9 @@ from conftest import batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from undo import tokens
 from undo.config import ConfigError
-from undo.tokens import IGNORE, MixedStream, TokenStore, best_fit, collate, pack
+from undo.tokens import IGNORE, MixedStream, TokenStore, batched, best_fit, collate, pack
 
 
 @given(st.lists(st.integers(1, 20), max_size=80))
@@ -41,6 +42,25 @@ def test_a_token_outside_the_vocabulary_is_refused_and_leaves_no_store(tmp_path)
     with pytest.raises(ConfigError, match="1000 does not fit"):
         pack([np.array([1, 1000])], tmp_path / "s", 8, 1000)
     assert not (tmp_path / "s").exists()
+
+
+def test_windows_of_packing_end_by_number_and_by_size():
+    items = ["aaa", "b", "cc", "dddddd", "e", "f", "g"]
+    assert list(batched(items, 3, 6)) == [["aaa", "b", "cc"], ["dddddd"], ["e", "f", "g"]]
+    assert list(batched(items, 2, 100)) == [["aaa", "b"], ["cc", "dddddd"], ["e", "f"], ["g"]]
+    assert list(batched([], 2, 100)) == []
+
+
+def test_rows_do_not_depend_on_where_windows_end_except_in_their_packing(tmp_path, monkeypatch):
+    """Every token is kept, and reading crosses from window to window."""
+    documents = [np.full(n, n) for n in range(1, 40)]
+    whole = pack(documents, tmp_path / "a", 16, 100)
+    monkeypatch.setattr(tokens, "WINDOW_TOKENS", 50)
+    parts = pack(documents, tmp_path / "b", 16, 100)
+    assert len(parts) >= len(whole)
+    for store in (whole, parts):
+        values = np.concatenate([piece for i in range(len(store)) for piece in store[i]])
+        assert sorted(values.tolist()) == sorted(n for n in range(1, 40) for _ in range(n))
 
 
 def test_collate_by_hand():

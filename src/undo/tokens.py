@@ -10,9 +10,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final, Self
+from typing import IO, TYPE_CHECKING, Final, Self, TypeVar
 
 import numpy as np
 
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 IGNORE: Final = -100  # the label of a position without a target
-WINDOW: Final = 1 << 16  # pieces that are packed together
+WINDOW: Final = 1 << 16  # pieces that are packed together, at most
+WINDOW_TOKENS: Final = 1 << 24  # or as many pieces as hold so many tokens
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def pack(documents: Iterable[np.ndarray], folder: Path, length: int, vocab_size:
     ):
         _write(piece_file, [0])
         _write(row_file, [0])
-        while window := list(islice(cut, WINDOW)):
+        for window in batched(cut, WINDOW, WINDOW_TOKENS):
             lengths = np.array([len(piece) for piece in window])
             bins = best_fit(lengths, length)
             order = [index for row in bins for index in row]
@@ -144,6 +144,22 @@ def pack(documents: Iterable[np.ndarray], folder: Path, length: int, vocab_size:
     (partial / "store.json").write_text(json.dumps({"length": length, "vocab_size": vocab_size, "width": width}))
     partial.rename(folder)
     return TokenStore(folder)
+
+
+Sized = TypeVar("Sized", np.ndarray, str)
+
+
+def batched(items: Iterable[Sized], count: int, size: int) -> Iterator[list[Sized]]:
+    """Lists of at most `count` items, each ended early by the item with which its total length reaches `size`."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += len(item)
+        if len(batch) == count or total >= size:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 def _write(file: IO[bytes], numbers: np.ndarray | list[int]) -> None:

@@ -1,7 +1,7 @@
 """Documents of a role: from the user's files (jsonl, json, parquet, txt) or streamed from the Hugging Face hub.
 
 Everything is read in bounded memory, and every mistake in a file is named with its place. A .txt file holds one
-document a paragraph: blank lines separate them.
+document a paragraph: blank lines separate them, and a paragraph of a million characters ends there.
 """
 
 import glob
@@ -129,12 +129,14 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 def _paragraphs(file: Path) -> Iterator[str]:
     paragraph: list[str] = []
+    size = 0
     for _, line in _lines(file):
         if line.strip():
             paragraph.append(line)
-        elif paragraph:
+            size += len(line)
+        if paragraph and (not line.strip() or size >= 1_000_000):
             yield "".join(paragraph)
-            paragraph = []
+            paragraph, size = [], 0
     if paragraph:
         yield "".join(paragraph)
 
