@@ -124,7 +124,7 @@ def plain(folder: Path, case: str, side: Side, settings: dict[str, Any], args: a
     for step in range(training["steps"]):
         rows = [np.concatenate(store[step * training["batch_rows"] + i]) for i in range(training["batch_rows"])]
         ids = torch.from_numpy(np.stack([row[: min(map(len, rows))] for row in rows]).astype(np.int64)).to(model.device)
-        loss = baseline.cross_entropy(model(ids, use_cache=False).logits[:, :-1], ids[:, 1:])
+        loss = baseline.cross_entropy(model(ids, use_cache=False).logits, ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -94,12 +94,10 @@ def plain(case: str, side: Side, args: argparse.Namespace, student: Any, teacher
             return baseline.rmu(student, teacher, part, RMU["layer"], direction)
         part = part[0]
         if teacher is None:
-            return baseline.cross_entropy(student(part, use_cache=False).logits[:, :-1], part[:, 1:])
+            return baseline.cross_entropy(student(part, use_cache=False).logits, part)
         with torch.no_grad():
             target = teacher(part, use_cache=False).logits
-        mask = torch.ones_like(part, dtype=torch.bool)
-        mask[:, -1] = False
-        return baseline.forward_kl(target, student(part, use_cache=False).logits, mask)
+        return baseline.forward_kl(target, student(part, use_cache=False).logits, part)
 
     def once() -> float:
         optimizer = torch.optim.AdamW(weights, 1e-5, fused=side.fixes or None)  # anew each time, as in the loop
