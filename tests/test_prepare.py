@@ -150,7 +150,8 @@ def test_refusals(changes, said, corpus, tmp_path, monkeypatch):
 
 
 def test_no_room_on_the_disk_is_said_before_anything_is_read(corpus, tmp_path, capsys):
-    data = {role: {"path": str(corpus / f"{role}.jsonl"), "tokens": 10**15} for role in WORDS}
+    assert Source(path=str(corpus / "retain.jsonl"), tokens=10**15).bytes_of_tokens(2) < 10**6  # a small file
+    data = {role: {"hub": "someone/text", "tokens": 10**15} for role in WORDS}
     with pytest.raises(ConfigError, match="GB are free"):
         make(tmp_path, corpus, data=data)
     assert "needs at most about" in capsys.readouterr().out

@@ -50,11 +50,13 @@ class Source(Frozen):
 
     def bytes_of_tokens(self, width: int) -> int | None:
         """At most about so much will be stored, `width` bytes a token; None: not known."""
-        if self.tokens is not None:
-            return self.tokens * width
-        if self.path is None:
-            return None if self.documents is None else self.documents * 1000 * width
-        return sum(f.stat().st_size * width // (1 if f.suffix == ".parquet" else 2) for f in self.files())
+        bounds = [None if self.tokens is None else self.tokens * width]
+        if self.path is not None:
+            sizes = [(f.stat().st_size, 1 if f.suffix == ".parquet" else 2) for f in self.files()]
+            bounds.append(sum(size * width // bytes_each for size, bytes_each in sizes))
+        elif self.documents is not None:
+            bounds.append(self.documents * 1000 * width)
+        return min((bound for bound in bounds if bound is not None), default=None)
 
     def texts(self) -> Iterator[str]:
         """All documents that are not blank, in order, at most `documents` of them."""
