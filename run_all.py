@@ -22,6 +22,7 @@ from undo.config import ConfigError, parse_overrides
 from undo.experiment import PlannedRun, find_config, plan, select
 from undo.prepare_data import prepare
 from undo.stage import Stage
+from undo.tables import hyperparameters
 
 STAGES = {
     module.STAGE.name: module.STAGE
@@ -45,10 +46,15 @@ def route(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return routed
 
 
+def folder_of(setting: str) -> Path:
+    """The folder of a setting's YAML files: a name in configs/, or a path."""
+    return Path(setting) if Path(setting).is_dir() else find_config(setting, "pretrain").parent
+
+
 def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
     """The runs of all stages that the setting has a YAML for, parents before children."""
     routed = route(parse_overrides(args.overrides))
-    folder = find_config(args.config, "pretrain").parent if not Path(args.config).is_dir() else Path(args.config)
+    folder = folder_of(args.config)
     present: list[Stage] = [stage for stage in STAGES.values() if (folder / f"{stage.name}.yaml").exists()]
     if not present:
         raise ConfigError(f"{folder} holds no stage's YAML; it needs files such as pretrain.yaml")
@@ -59,13 +65,18 @@ def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
 
 
 def main() -> int:
-    args = cli.parser("All stages of configs/<setting>/, to the table and the figures.").parse_intermixed_args()
+    parser = cli.parser("All stages of configs/<setting>/, to the table and the figures.")
+    parser.add_argument("--tables", action="store_true", help="print the setting's hyper-parameters, and do nothing")
+    args = parser.parse_intermixed_args()
+    if args.tables:
+        print(hyperparameters(folder_of(args.config), STAGES), end="")
+        return 0
     status = cli.launch(args, planned)
     if args.dry_run or status == 130:
         return status
     setting = planned(args)[0][0].directory.setting
     if any((args.runs / setting).glob("*/*/run.json")):
-        run_figures.report(setting, list(run_figures.NAMES), args.runs)
+        run_figures.publish(setting, args.runs)
     return status
 
 

@@ -1,6 +1,8 @@
 """The results table, the paper's figures and the paper's claims from finished runs.
 
-uv run run_figures.py demo [fig3 fig4 fig5 claims] [--runs DIR]
+    uv run run_figures.py demo [fig3 fig4 fig5 claims] [--runs DIR] [--out DIR]
+
+Without names: everything, and report.md, one page that holds it all.
 """
 
 import argparse
@@ -10,44 +12,48 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from undo.claims import as_markdown, check
+from undo.claims import HEADER, as_rows, check
 from undo.cli import guarded
 from undo.config import ConfigError
 from undo.figures import FIGURES, draw
+from undo.report import report
 from undo.results import COLUMNS, Results, as_text, write_csv
 from undo.run import write_atomically
 
 NAMES = (*FIGURES, "claims")
 
 
-def report(setting: str, names: list[str], runs: Path) -> None:
-    """Print the table, write summary.csv and the figures."""
+def publish(setting: str, runs: Path, names: list[str] | None = None, out: Path | None = None) -> None:
+    """Print the table, write summary.csv and what is named into `out` (default: the setting's folder of runs)."""
     results = Results.read(runs, setting)
     if not results.runs:
         raise ConfigError(f"{runs / setting} holds no finished run; make some with: uv run run_all.py {setting}")
+    out = runs / setting if out is None else out
+    out.mkdir(parents=True, exist_ok=True)
     rows = results.table()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     table = Table(box=None, pad_edge=False)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "model" else "right")
     for cells in as_text(rows):
         table.add_row(*cells)
-    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
-    write_csv(rows, runs / setting / "summary.csv")
-    for line in [
-        f"table: {runs / setting / 'summary.csv'}",
-        *draw([name for name in names if name in FIGURES], results, runs / setting / "figures"),
-    ]:
-        console.print(line, highlight=False, soft_wrap=True)
-    if "claims" in names:
-        checked = check(results)
+    figures, missing = draw([name for name in names or NAMES if name in FIGURES], results, out / "figures")
+    write_csv(rows, out / "summary.csv")
+    checked = check(results)
+    if "claims" in (names or NAMES):
         claims = Table(box=None, pad_edge=False, title="the paper's claims, on these runs", title_justify="left")
-        for column in ("section", "claim", "measured", "holds on", "verdict"):
+        for column in HEADER:
             claims.add_column(column)
-        for c in checked:
-            claims.add_row(c.claim.section, c.claim.sentence, c.measured or "-", c.seeds, c.verdict)
+        for cells in as_rows(checked):
+            claims.add_row(*cells)
         console.print(claims, highlight=False)
-        write_atomically(runs / setting / "claims.md", as_markdown(checked))
+    lines = [f"table: {out / 'summary.csv'}", *(f"{path.stem}: {path.with_suffix('.pdf')}, .png" for path in figures)]
+    if names is None:
+        write_atomically(out / "report.md", report(results, checked, figures, missing))
+        lines.append(f"report: {out / 'report.md'}")
+    for line in [*lines, *missing]:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def main() -> int:
@@ -57,11 +63,14 @@ def main() -> int:
     arguments.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs/)"
     )
+    arguments.add_argument(
+        "--out", type=Path, metavar="DIR", help="where figures, table and report go (default: runs/<setting>)"
+    )
     args = arguments.parse_intermixed_args()
     unknown = [name for name in args.figures if name not in (*NAMES, "all")]
     if unknown:
         raise ConfigError(f"there is no figure {unknown[0]!r}; there are: {', '.join(NAMES)}")
-    report(args.setting, list(NAMES) if not args.figures or "all" in args.figures else args.figures, args.runs)
+    publish(args.setting, args.runs, None if not args.figures or "all" in args.figures else args.figures, args.out)
     return 0
 
 

@@ -59,10 +59,12 @@ def check(results: Results) -> list[Checked]:
     return [Checked(claim, tuple(sorted(claim.observe(results), key=lambda o: o.seed or 0))) for claim in CLAIMS]
 
 
-def as_markdown(checked: Sequence[Checked]) -> str:
-    rows = [(c.claim.section, c.claim.sentence, c.measured or "-", c.seeds, c.verdict) for c in checked]
-    lines = ["| section | claim | measured | holds on | verdict |", "| --- | --- | --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
+HEADER: Final = ("section", "claim", "measured", "holds on", "verdict")
+
+
+def as_rows(checked: Sequence[Checked]) -> list[tuple[str, ...]]:
+    """One row a claim, in the columns of HEADER."""
+    return [(c.claim.section, c.claim.sentence, c.measured or "-", c.seeds, c.verdict) for c in checked]
 
 
 # --- the measurements ----------------------------------------------------------------------------------------------
@@ -178,23 +180,28 @@ def _vocabulary(results: Results, run: Result) -> int:
     return 256_000 if reference is None else reference.config["model"]["vocab_size"]
 
 
-def undo_is_on_the_front(step: int) -> Callable[[Results], Iterable[Observation]]:
-    """Median over seeds of retain performance before, and of the worst-case forget performance after, `step` steps."""
+def undo_is_on_the_front(strength: Literal["moderate", "whole"]) -> Callable[[Results], Iterable[Observation]]:
+    """Median over seeds of retain performance before, and of worst-case forget performance after, that much attack."""
 
     def observe(results: Results) -> Iterable[Observation]:
+        steps = results.attack_steps
+        if len(steps) < 3:
+            return
+        step = steps[1 if strength == "moderate" else 2]
         points: dict[str, list[tuple[float, float]]] = {}
         for a in results.attacked:
             if a.label in ("reference", "oracle") or a.label.startswith(("matched", "distilled")):
                 continue  # no method of unlearning, or one that costs a whole distillation
-            if step in a.worst_case:
-                points.setdefault(a.label, []).append((a.model.facts["evaluation"]["retain"], a.worst_case[step]))
+            points.setdefault(a.label, []).append((a.model.facts["evaluation"]["retain"], a.worst_case[step]))
         medians = {label: (median(p[0] for p in ps), median(p[1] for p in ps)) for label, ps in points.items()}
         ours = [label for label in medians if label.startswith("undo_")]
         if not ours or len(ours) == len(medians):
             return
         front = pareto_front(medians, results.attacked[0].model.higher_is_better)
         on_it = [label for label in ours if label in front]
-        yield Observation(None, bool(on_it), f"medians over seeds; on the front: {', '.join(front)}")
+        yield Observation(
+            None, bool(on_it), f"after {step} steps, medians over seeds; on the front: {', '.join(front)}"
+        )
 
     return observe
 
@@ -223,8 +230,8 @@ CLAIMS: Final[tuple[Claim, ...]] = (
     Claim("5, Fig. 6", "Alpha changes that compute more than beta does.", alpha_drives_cost_more_than_beta),
     Claim(
         "6, Fig. 7",
-        "After 40 steps of attack, UNDO is on the Pareto front of retain and forget.",
-        undo_is_on_the_front(40),
+        "After a moderate attack (40 of the paper's 500 steps), UNDO is on the Pareto front of retain and forget.",
+        undo_is_on_the_front("moderate"),
     ),
-    Claim("6, Fig. 7", "After 500 steps, too.", undo_is_on_the_front(500)),
+    Claim("6, Fig. 7", "After the whole attack, too.", undo_is_on_the_front("whole")),
 )

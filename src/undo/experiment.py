@@ -16,6 +16,7 @@ from undo.run import RunDirectory
 from undo.stage import Stage, TrainingStage
 from undo.tracking import check_token
 
+CONFIGS: Final = (Path("configs"), Path(__file__).parents[2] / "configs")  # here, or in the checkout
 STAGES: Final = ("prepare", "pretrain", "unlearn", "distill", "undo", "relearn")  # in the order of the pipeline
 
 
@@ -37,12 +38,11 @@ def find_config(argument: str, stage: str) -> Path:
     path = Path(argument)
     if path.suffix in (".yaml", ".yml"):
         return path
-    folders = [Path("configs"), Path(__file__).parents[2] / "configs"]
-    candidates = [folder / argument / f"{stage}.yaml" for folder in folders]
+    candidates = [folder / argument / f"{stage}.yaml" for folder in CONFIGS]
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    settings = sorted({p.name for folder in folders for p in folder.glob("*") if (p / f"{stage}.yaml").exists()})
+    settings = sorted({p.name for folder in CONFIGS for p in folder.glob("*") if (p / f"{stage}.yaml").exists()})
     raise ConfigError(
         f"there is no {candidates[0]}; settings with a {stage} stage: {', '.join(settings) or 'none'}\n"
         f"or give the path of a .yaml file"
@@ -59,11 +59,31 @@ def plan(stage: Stage, source: Path, overrides: Mapping[str, Any], runs: Path) -
     return planned
 
 
+def setting_folder(setting: str) -> Path | None:
+    """Where the setting's YAML files are, if they are in configs/."""
+    return next((folder / setting for folder in CONFIGS if (folder / setting).is_dir()), None)
+
+
+def written(folder: Path) -> dict[str, Raw]:
+    """All runs of a setting's own YAML files by name, unvalidated."""
+    found: dict[str, Raw] = {}
+    for stage in STAGES:
+        path = folder / f"{stage}.yaml"
+        if path.exists():
+            found |= {f"{stage}/{raw['name']}": raw for raw in expand(read_yaml(path), {}, str(path))}
+    return found
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a run's name, with or without its stage, matches the glob."""
+    return any(fnmatch.fnmatch(n, pattern) for n in (name, name.partition("/")[2]))
+
+
 def select(planned: Sequence[PlannedRun], pattern: str | None, with_parents: bool = False) -> list[PlannedRun]:
     """The runs whose name (with or without the stage) matches the glob; `with_parents`: and all they stand on."""
     if pattern is None:
         return list(planned)
-    chosen = {p.name for p in planned if any(fnmatch.fnmatch(n, pattern) for n in (p.name, p.config.name))}
+    chosen = {p.name for p in planned if matches(p.name, pattern)}
     if not chosen:
         some = ", ".join(p.config.name for p in planned[:12]) + ", ..." * (len(planned) > 12)
         raise ConfigError(f"--only {pattern!r} matches none of: {some}")
@@ -152,13 +172,7 @@ class Costs:
 
     @cached_property
     def _written(self) -> dict[str, Raw]:
-        """All runs of the setting's own YAML files, unvalidated."""
-        found: dict[str, Raw] = {}
-        for stage in STAGES:
-            path = self._folder / f"{stage}.yaml"
-            if path.exists():
-                found |= {f"{stage}/{raw['name']}": raw for raw in expand(read_yaml(path), {}, str(path))}
-        return found
+        return written(self._folder)
 
     def _raw(self, name: str) -> Raw | None:
         if name in self._planned:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 from undo.config import Raw
@@ -72,6 +73,13 @@ class Attacked:
         steps = sorted(set().union(*curves))
         return {step: best(curve[step] for curve in curves if step in curve) for step in steps}
 
+    @cached_property
+    def average(self) -> Curve:
+        """At each step the mean forget performance over the adversaries that got so far."""
+        curves = [adversary.curve("forget") for adversary in self.adversaries]
+        steps = sorted(set().union(*curves))
+        return {step: fmean(curve[step] for curve in curves if step in curve) for step in steps}
+
     @property
     def last(self) -> float:
         return self.worst_case[max(self.worst_case)]
@@ -81,6 +89,7 @@ class Attacked:
 class Results:
     """Everything that is done in one setting."""
 
+    setting: str
     runs: tuple[Result, ...]
 
     @classmethod
@@ -90,7 +99,7 @@ class Results:
             for path in sorted((runs / setting / stage).glob("*/run.json")):
                 directory = RunDirectory.at(path.parent)
                 found.append(Result(directory, directory.config, directory.facts))
-        return cls(tuple(found))
+        return cls(setting, tuple(found))
 
     def of(self, stage: str) -> list[Result]:
         return [run for run in self.runs if run.name.startswith(f"{stage}/")]
@@ -107,14 +116,26 @@ class Results:
         models = [(run, groups[run.name]) for run in self.runs if run.name in groups]
         return tuple(Attacked(group[0].config["variant"], model, tuple(group)) for model, group in models)
 
+    @cached_property
+    def attack_steps(self) -> tuple[int, ...]:
+        """Before, moderate and whole attack: 0, 40 and 500 of the paper's 500 steps, the same shares of fewer ones.
+
+        Steps at which every attacked model was evaluated; fewer than three where there are not so many.
+        """
+        common = set.intersection(*(set(a.worst_case) for a in self.attacked)) if self.attacked else set()
+        later = sorted(common - {0})
+        if not later:
+            return tuple(common)
+        moderate = min(later, key=lambda step: abs(step - later[-1] * 40 / 500))
+        return tuple(sorted({0, moderate, later[-1]}))
+
     def robustness(self, attacked: Attacked) -> float | None:
         """(P - P_unlearned) / (P_oracle - P_unlearned) after the last relearning step (Figure 5).
 
         Unlearned is the model's own teacher, or the model itself where it is an unlearned one; None where the teacher
         or the oracle of the seed has not been attacked, or where the two are equal.
         """
-        names = {a.model.name: a for a in self.attacked}
-        unlearned = names.get(attacked.model.config.get("teacher", attacked.model.name))
+        unlearned = self.teacher_of(attacked) if "teacher" in attacked.model.config else attacked
         oracle = self.oracle_of(attacked)
         if attacked.label == "reference" or oracle is None:
             return None
@@ -123,6 +144,16 @@ class Results:
         if unlearned is None or unlearned.last == oracle.last:
             return None
         return (attacked.last - unlearned.last) / (oracle.last - unlearned.last) + 0.0  # never -0.0
+
+    def teacher_of(self, attacked: Attacked) -> Attacked | None:
+        """The model it was distilled from, if that has been attacked too."""
+        name = attacked.model.config.get("teacher")
+        return next((a for a in self.attacked if a.model.name == name), None)
+
+    def compute(self, attacked: Attacked) -> float | None:
+        """S_student / S_oracle, S = training steps (Figure 5); None without the oracle."""
+        oracle = self.oracle_of(attacked)
+        return None if oracle is None else attacked.model.facts["steps"] / oracle.model.facts["steps"]
 
     def oracle_of(self, attacked: Attacked) -> Attacked | None:
         """The oracle of the same world: its seed is that of the model's teacher, where there is one."""

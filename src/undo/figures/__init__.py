@@ -1,14 +1,16 @@
-"""One function for each figure of the paper: results -> a matplotlib figure, or why there is none yet."""
+"""One function for each figure of the paper: results -> a matplotlib figure, or what it lacks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from undo.config import ConfigError
 from undo.figures.compute import robustness_against_compute
+from undo.figures.distillation import distillation_trends
 from undo.figures.matching import oracle_matching
+from undo.figures.missing import Missing
 from undo.figures.noise import noise_grid
-from undo.figures.relearning import relearning_curves
+from undo.figures.relearning import average_relearning_curves, relearning_curves
 from undo.figures.tradeoff import retain_against_forget
 from undo.figures.unlearning import unlearning_tradeoff
 
@@ -17,23 +19,25 @@ if TYPE_CHECKING:
 
     from undo.results import Results
 
-FIGURES: Final[dict[str, Callable[["Results"], "Figure | str"]]] = {
+FIGURES: Final[dict[str, Callable[["Results"], "Figure | Missing"]]] = {
     "fig2": oracle_matching,
     "fig3": unlearning_tradeoff,
     "fig4": relearning_curves,
     "fig5": robustness_against_compute,
     "fig6": noise_grid,
     "fig7": retain_against_forget,
+    "fig9": distillation_trends,
+    "fig10": average_relearning_curves,
 }
 
 
-def draw(names: list[str], results: "Results", folder: Path) -> list[str]:
-    """Write the named figures as PDF and PNG -> for each the files, or what is missing."""
-    lines = []
+def draw(names: Iterable[str], results: "Results", folder: Path) -> tuple[list[Path], list[str]]:
+    """Write the named figures as PDF and PNG -> the PNGs, and a line for each figure that lacks something."""
+    drawn, missing = [], []
     for name in names:
         figure = FIGURES[name](results)
-        if isinstance(figure, str):
-            lines.append(f"{name}: not drawn: {figure}")
+        if isinstance(figure, Missing):
+            missing.append(f"{name}: not drawn: {figure.explain(results.setting)}")
             continue
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -44,5 +48,5 @@ def draw(names: list[str], results: "Results", folder: Path) -> list[str]:
                 )
         except OSError as error:
             raise ConfigError(f"{folder}: cannot be written ({error.strerror})") from None
-        lines.append(f"{name}: {folder / name}.pdf, .png")
-    return lines
+        drawn.append(folder / f"{name}.png")
+    return drawn, missing

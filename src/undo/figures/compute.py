@@ -1,45 +1,79 @@
-"""Figure 5: robustness against compute over alpha."""
+"""Figure 5: robustness against compute over alpha, and the relearning curves behind it."""
 
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from undo.figures.relearning import alpha_of
+from undo.figures.missing import Missing
+from undo.figures.relearning import alpha_of, curves, legend
 from undo.results import Attacked, Results
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+ALPHAS: Final = {  # whose relearning curves the paper shows
+    "language": (0.2, 0.4, 0.6, 0.8),
+    "arithmetic": (0.55, 0.65, 0.7, 0.75),
+}
 
-def robustness_against_compute(results: Results) -> "Figure | str":
-    """x: S_student / S_oracle, S = training steps; y: robustness. Points are medians over seeds, bars their range."""
-    from undo.figures.style import INK, color_of, panels
 
-    groups: dict[str, list[tuple[Attacked, float, float]]] = {}
+def robustness_against_compute(results: Results) -> "Figure | Missing":
+    """Left: robustness against compute, medians over seeds with their range. Right: relearning curves of some alphas.
+
+    Compute is S_student / S_oracle, S = training steps. Curves are those of the first seed.
+    """
+    from undo.figures.style import color_of, panels
+
+    groups: dict[str, list[Attacked]] = {}
     for attacked in results.attacked:
-        robustness, oracle = results.robustness(attacked), results.oracle_of(attacked)
-        if "teacher" in attacked.model.config and robustness is not None and oracle is not None:
-            compute = attacked.model.facts["steps"] / oracle.model.facts["steps"]
-            groups.setdefault(attacked.label, []).append((attacked, compute, robustness))
+        plain = attacked.label == "distilled" or attacked.label == f"undo_{alpha_of(attacked)}"
+        if plain and results.robustness(attacked) is not None and results.compute(attacked) is not None:
+            groups.setdefault(attacked.label, []).append(attacked)
     if not groups:
-        return "no student with an attacked teacher and oracle; make them with run_undo.py and run_relearn.py"
-    figure, (axis,) = panels(1)
-    figure.set_size_inches(3.6, 2.9)
+        return Missing("an attacked UNDO model with its teacher and oracle", "relearn/*")
+    figure, (scaling, relearning) = panels(2, sharey=False)
+    figure.set_size_inches(6.8, 3.0)
+    _scaling(scaling, results, list(groups.values()))
+    first = min(a.model.seed for members in groups.values() for a in members)
+    undo = [a for members in groups.values() for a in members if a.model.seed == first and alpha_of(a) is not None]
+    wanted = ALPHAS.get(results.setting)
+    shown = [a for a in undo if wanted is None or alpha_of(a) in wanted] or undo
+    shown.sort(key=lambda a: alpha_of(a) or 0)
+    some = undo or groups["distilled"]
+    for attacked, look in (
+        (results.teacher_of(some[0]), ("#D55E00", "unlearn")),
+        *((a, (color_of(a.label, alpha_of(a)), f"α = {alpha_of(a):g}")) for a in shown),
+        (results.oracle_of(some[0]), ("#000000", "data filtering (oracle)")),
+    ):
+        if attacked is not None:
+            curves(relearning, attacked, look)
+    relearning.set_xlabel("relearning steps", fontsize=8)
+    relearning.set_ylabel(f"forget {results.attacked[0].model.unit}", fontsize=8)
+    legend(figure, [relearning])
+    return figure
+
+
+def _scaling(axis: "Axes", results: Results, groups: list[list[Attacked]]) -> None:
+    from undo.figures.style import INK, color_of
+
     points = []
-    for label, members in groups.items():
-        xs, ys = [m[1] for m in members], [m[2] for m in members]
-        x, y, alpha = median(xs), median(ys), alpha_of(members[0][0])
+    for members in groups:
+        xs, ys = [results.compute(a) or 0 for a in members], [results.robustness(a) or 0 for a in members]
+        x, y, alpha = median(xs), median(ys), alpha_of(members[0])
         axis.errorbar(
             x,
             y,
             xerr=[[x - min(xs)], [max(xs) - x]],
             yerr=[[y - min(ys)], [max(ys) - y]],
             fmt="s" if alpha is None else "o",
-            color=color_of(label, alpha),
+            color=color_of(members[0].label, alpha),
             markersize=6,
             capsize=2,
         )
-        text = "distilled" if alpha is None else f"α = {alpha:g}"
-        axis.annotate(text, (x, y), fontsize=7, xytext=(5, -9), textcoords="offset points")
+        text, place, side = (
+            ("unlearn and distill", (-7, -3), "right") if alpha is None else (f"α = {alpha:g}", (5, -9), "left")
+        )
+        axis.annotate(text, (x, y), fontsize=7, xytext=place, textcoords="offset points", ha=side)
         if alpha is not None:
             points.append((alpha, x, y))
     points.sort()
@@ -55,9 +89,7 @@ def robustness_against_compute(results: Results) -> "Figure | str":
     )
     axis.set_xlabel("compute: steps / steps of data filtering", fontsize=8)
     axis.set_ylabel("robustness to relearning", fontsize=8)
-    seeds = len({m[0].model.seed for members in groups.values() for m in members})
-    axis.set_title(
-        f"{seeds} seed{'s' * (seeds > 1)}, after {max(results.attacked[0].worst_case)} relearning steps", fontsize=8
-    )
+    seeds = len({a.model.seed for members in groups for a in members})
+    last = max(groups[0][0].worst_case)
+    axis.set_title(f"{seeds} seed{'s' * (seeds > 1)}, after {last} relearning steps", fontsize=8)
     axis.margins(0.14)
-    return figure

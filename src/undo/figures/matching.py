@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Final
 
+from undo.figures.missing import Missing
 from undo.results import Results
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ NAMES: Final = {
 }
 
 
-def oracle_matching(results: Results) -> "Figure | str":
+def oracle_matching(results: Results) -> "Figure | Missing":
     """Left: the distillation loss of both students. Right: relearning curves; thin each adversary, bold the worst case.
 
     With several seeds, the first one is drawn.
@@ -24,7 +25,7 @@ def oracle_matching(results: Results) -> "Figure | str":
     found = [a for a in results.attacked if a.label in NAMES]
     students = [a for a in found if a.label != "oracle"]
     if not students:
-        return "no oracle-matched student has been attacked; make them with run_distill.py and run_relearn.py"
+        return Missing("an oracle-matched student that has been attacked", "relearn/matched_*")
     first = min(a.model.seed for a in students)
     figure, (losses, curves) = panels(2, sharey=False)
     for attacked in (a for a in found if a.model.seed == first):

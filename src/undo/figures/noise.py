@@ -3,13 +3,14 @@
 from statistics import median
 from typing import TYPE_CHECKING
 
+from undo.figures.missing import Missing
 from undo.results import Attacked, Result, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def noise_grid(results: Results) -> "Figure | str":
+def noise_grid(results: Results) -> "Figure | Missing":
     """A panel of worst-case relearning curves for each alpha that was tried with several betas; then the cost matrix.
 
     The matrix holds distillation steps until the student was within 5 % of the teacher, medians over seeds. Curves are
@@ -24,7 +25,7 @@ def noise_grid(results: Results) -> "Figure | str":
     betas = sorted({point(run)[1] for run in runs})
     alphas = sorted({a for a, _ in map(point, runs) if len({b for c, b in map(point, runs) if c == a}) > 1})
     if not alphas:
-        return "no alpha was tried with several betas; see the grid in configs/language/undo.yaml"
+        return Missing("an alpha that was tried with several betas", "relearn/undo_*_beta_*")
     first = min(run.seed for run in runs)
     attacked: dict[tuple[float, float], Attacked] = {
         point(a.model): a for a in results.attacked if a.model in runs and a.model.seed == first

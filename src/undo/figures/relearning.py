@@ -1,50 +1,81 @@
-"""Figure 4: relearning curves; thin for each adversary, bold for the worst case."""
+"""Figures 4 and 10: relearning curves of each method, with and without distillation."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from undo.figures.missing import Missing
 from undo.figures.unlearning import NAMES as METHODS
 from undo.results import Attacked, Results
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Summary = Literal["worst case", "average"]
 
-def relearning_curves(results: Results) -> "Figure | str":
-    """One panel for distilled and one for each alpha, each with its unlearned teacher and the oracle beside it.
+
+def relearning_curves(results: Results) -> "Figure | Missing":
+    """Figure 4: thin for each adversary, bold for the worst case."""
+    return _panels(results, "worst case")
+
+
+def average_relearning_curves(results: Results) -> "Figure | Missing":
+    """Figure 10: the same curves, bold for their average."""
+    return _panels(results, "average")
+
+
+def _panels(results: Results, bold: Summary) -> "Figure | Missing":
+    """One panel for each distilled student, with its unlearned teacher and the oracle beside it.
 
     With several seeds, the first one is drawn.
     """
-    from undo.figures.style import color_of, panels
+    from undo.figures.style import panels
 
-    if not results.attacked:
-        return "no relearn run is done; make them with run_relearn.py"
-    first = min(a.model.seed for a in results.attacked)
-    models = {a.model.name: a for a in results.attacked if a.model.seed == first}
-    students = [a for a in models.values() if "teacher" in a.model.config]
+    students = [a for a in results.attacked if a.label.startswith("distilled")]
     if not students:
-        return (
-            "no distilled or UNDO model has been attacked; make them with run_distill.py, run_undo.py, run_relearn.py"
-        )
-    students.sort(key=lambda a: (alpha_of(a) is None, alpha_of(a) or 0))  # by alpha, distilled last
-    oracle = next((a for a in models.values() if a.label == "oracle"), None)
+        return Missing("a distilled student that has been attacked", "relearn/distilled*")
+    first = min(a.model.seed for a in students)
+    students = sorted((a for a in students if a.model.seed == first), key=lambda a: method_of(a) or "")
     figure, axes = panels(len(students))
     for axis, student in zip(axes, students, strict=True):
-        unlearned = models.get(student.model.config["teacher"])
-        for attacked in (unlearned, student, oracle):
-            if attacked is None:
-                continue
-            color = color_of(attacked.label, alpha_of(attacked))
-            for adversary in attacked.adversaries:
-                curve = adversary.curve("forget")
-                axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.6, alpha=0.4)
-            worst = attacked.worst_case
-            axis.plot(list(worst), list(worst.values()), color=color, linewidth=2.2, label=describe(attacked))
-        axis.set_title(describe(student), fontsize=9)
+        found = (results.teacher_of(student), student, results.oracle_of(student))
+        for attacked in found:
+            if attacked is not None:
+                curves(axis, attacked, ROLES[attacked.label.partition("_")[0]], bold)
+        axis.set_title(METHODS.get(method_of(student) or "", "unlearned"), fontsize=9)
         axis.set_xlabel("relearning steps", fontsize=8)
-    legend = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(legend.values(), legend.keys(), fontsize=8, loc="outside lower center", ncols=6, frameon=False)
     axes[0].set_ylabel(f"forget {students[0].model.unit}", fontsize=8)
+    legend(figure, axes)
     return figure
+
+
+ROLES = {  # what a model is in Figures 4 and 10: colour and name
+    "unlearned": ("#D55E00", "unlearn"),
+    "distilled": ("#0072B2", "unlearn and distill"),
+    "oracle": ("#000000", "data filtering (oracle)"),
+}
+
+
+def curves(axis: "Axes", attacked: Attacked, look: tuple[str, str], bold: Summary = "worst case") -> None:
+    """All adversaries of a model, thin, and their worst case or average, bold. `look`: colour and name."""
+    color, name = look
+    for adversary in attacked.adversaries:
+        curve = adversary.curve("forget")
+        axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.6, alpha=0.4)
+    summary = attacked.worst_case if bold == "worst case" else attacked.average
+    axis.plot(list(summary), list(summary.values()), color=color, linewidth=2.2, label=name)
+
+
+def legend(figure: "Figure", axes: "list[Axes]") -> None:
+    """One for all panels, each name once, below them."""
+    found = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    columns = max(1, int(figure.get_figwidth() // 1.7))  # inches: the width of the longest name
+    figure.legend(found.values(), found.keys(), fontsize=8, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def method_of(attacked: Attacked) -> str | None:
+    """The unlearning method behind a distilled model: its teacher's."""
+    stage, _, name = attacked.model.config.get("teacher", "").partition("/")
+    return name.partition("-")[0] if stage == "unlearn" else None
 
 
 def alpha_of(attacked: Attacked) -> float | None:
@@ -53,7 +84,7 @@ def alpha_of(attacked: Attacked) -> float | None:
 
 
 def describe(attacked: Attacked) -> str:
-    """The name of a model in a legend."""
+    """The name of a model in a legend that holds models of all kinds."""
     alpha = alpha_of(attacked)
     if alpha is not None:
         noise, within = attacked.model.config["noise"], attacked.model.config["retain_threshold"]

@@ -3,6 +3,7 @@
 from statistics import median
 from typing import TYPE_CHECKING
 
+from undo.figures.missing import Missing
 from undo.figures.relearning import alpha_of, describe
 from undo.results import Attacked, Results
 
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def retain_against_forget(results: Results) -> "Figure | str":
+def retain_against_forget(results: Results) -> "Figure | Missing":
     """Three panels: no attack, a moderate one (40 of the paper's 500 steps, or that share of fewer), the whole attack.
 
     x: retain performance before the attack; y: worst-case forget performance. Points are medians over seeds, bars their
@@ -24,11 +25,8 @@ def retain_against_forget(results: Results) -> "Figure | str":
         if not attacked.label.startswith("matched_") and "_beta_" not in attacked.label:  # Figures 2 and 6
             groups.setdefault(attacked.label, []).append(attacked)
     if not groups:
-        return "no relearn run is done; make them with run_relearn.py"
-    steps = sorted(set.intersection(*(set(a.worst_case) for members in groups.values() for a in members)))
-    last = steps[-1]
-    moderate = min(steps, key=lambda step: abs(step - (40 if last >= 500 else last * 40 / 500)))
-    chosen = sorted({0, moderate if moderate else steps[min(1, len(steps) - 1)], last})
+        return Missing("an attacked model", "relearn/*")
+    chosen = results.attack_steps
     figure, axes = panels(len(chosen))
     for axis, step in zip(axes, chosen, strict=True):
         points = {}

@@ -2,16 +2,17 @@
 
 from typing import TYPE_CHECKING, Final
 
+from undo.figures.missing import Missing
 from undo.results import Result, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-NAMES: Final = {"graddiff": "GradDiff", "maxent": "MaxEnt", "rmu": "RMU"}
+NAMES: Final[dict[str, str]] = {"graddiff": "GradDiff", "maxent": "MaxEnt", "rmu": "RMU"}
 
 
-def unlearning_tradeoff(results: Results) -> "Figure | str":
+def unlearning_tradeoff(results: Results) -> "Figure | Missing":
     """One panel a method: retain and forget performance over unlearning steps, one line a learning rate.
 
     The rates stand above the panel, from light to dark; thick: the one whose model the later stages start from. With
@@ -21,7 +22,7 @@ def unlearning_tradeoff(results: Results) -> "Figure | str":
 
     runs = results.of("unlearn")
     if not runs:
-        return "no unlearn run is done; make them with run_unlearn.py"
+        return Missing("an unlearned model", "unlearn/*")
     first = min(run.seed for run in runs)
     methods: dict[str, list[Result]] = {}
     for run in runs:

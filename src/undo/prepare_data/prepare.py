@@ -39,6 +39,7 @@ class BytePairTokenizer(Frozen):
     name: Literal["byte_pairs"] = "byte_pairs"
     vocab_size: Count
     characters: Count = 10_000_000  # of each role
+    split_digits: bool = True  # as Gemma-2 does; False: a frequent number is one token
 
 
 class Prepare(StageConfig):
@@ -101,9 +102,10 @@ def make_tokenizer(cfg: Prepare, problems: Iterable[str], folder: Path) -> "tupl
             configured = 0
         case WordTokenizer(vocab_size=configured):
             train_words(chain(generated(cfg), problems), configured, folder)
-        case BytePairTokenizer(vocab_size=configured, characters=characters):
+        case BytePairTokenizer(vocab_size=configured, characters=characters, split_digits=split_digits):
             texts = [*(source.texts() for source in cfg.data.values()), *([generated(cfg)] if cfg.world else [])]
-            train_byte_pairs(chain.from_iterable(beginning(text, characters) for text in texts), configured, folder)
+            begun = chain.from_iterable(beginning(text, characters) for text in texts)
+            train_byte_pairs(begun, configured, folder, split_digits)
     tokenizer = load_tokenizer(str(folder))
     return tokenizer, max(len(tokenizer), configured)
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 from pydantic import model_validator
 
-from undo.config import ConfigError, Count, Frozen
+from undo.config import ConfigError, Count, Frozen, Share
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 
@@ -25,7 +26,8 @@ class Source(Frozen):
     subset: str | None = None  # of the hub's dataset
     split: str = "train"  # of the hub's dataset
     column: str = "text"
-    documents: Count | None = None  # read at most so many
+    share: Share = 1.0  # of the documents, drawn at random: a corpus may be sorted by source
+    documents: Count | None = None  # use at most so many
     tokens: Count | None = None  # stop when the training store has so many
 
     @model_validator(mode="after")
@@ -53,17 +55,17 @@ class Source(Frozen):
         bounds = [None if self.tokens is None else self.tokens * width]
         if self.path is not None:
             sizes = [(f.stat().st_size, 1 if f.suffix == ".parquet" else 2) for f in self.files()]
-            bounds.append(sum(size * width // bytes_each for size, bytes_each in sizes))
+            bounds.append(round(self.share * sum(size * width // bytes_each for size, bytes_each in sizes)))
         elif self.documents is not None:
             bounds.append(self.documents * 1000 * width)
         return min((bound for bound in bounds if bound is not None), default=None)
 
     def texts(self) -> Iterator[str]:
-        """All documents that are not blank, in order, at most `documents` of them."""
+        """The documents that are not blank: `share` of them, in order, at most `documents`; the same ones each time."""
         texts = (text for file in self.files() for text in read(file, self.column)) if self.path else self._stream()
-        count = 0
+        count, draws = 0, np.random.default_rng(42)
         for text in texts:
-            if not text.strip():
+            if not text.strip() or draws.random() >= self.share:
                 continue
             yield text
             count += 1

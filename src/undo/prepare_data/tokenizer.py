@@ -42,14 +42,15 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def train_byte_pairs(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Byte-level BPE, digits apart as in Gemma-2's own. Raises ConfigError if the texts are too few for the size."""
+def train_byte_pairs(texts: Iterable[str], vocab_size: int, folder: Path, split_digits: bool = True) -> None:
+    """Byte-level BPE. Raises ConfigError if the texts are too few for the size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
+    splits = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(

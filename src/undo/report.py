@@ -1,0 +1,99 @@
+"""One page of everything that a setting's runs say: models, claims, figures, the unlearning sweep, what it cost."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from undo.claims import HEADER, Checked, as_rows
+from undo.display import si
+from undo.experiment import STAGES
+from undo.results import COLUMNS, Result, Results, as_text
+from undo.tables import markdown, unlearning_sweep
+
+
+def report(results: Results, checked: Sequence[Checked], figures: Iterable[Path], missing: Iterable[str]) -> str:
+    """Markdown, to lie beside the folder that holds `figures`."""
+    rows = results.table()
+    parts = [f"# {results.setting}\n\n{origin(results.runs)}\n", "## Models\n"]
+    parts.append(markdown(COLUMNS, as_text(rows)))
+    if len({row["seed"] for row in rows}) > 1:
+        parts.append(over_seeds(rows))
+    parts.append(
+        "retain, forget: performance before the attack. forget_20, forget_70, forget_last: worst case over the "
+        "adversaries\nafter so many relearning steps, and at the end. robustness: (P - P_unlearned) / (P_oracle - "
+        "P_unlearned), P = forget_last.\nsteps and flops are those of the run that made the model.\n"
+    )
+    parts += ["## The paper's claims on these runs\n", markdown(HEADER, as_rows(checked))]
+    parts.append("## Figures\n")
+    parts += [f"![{path.stem}]({path.parent.name}/{path.name})\n" for path in figures]
+    parts += [f"- {line}\n" for line in missing]
+    if sweep := unlearning_sweep(results):
+        parts += ["## Unlearning, before and after (Appendix B.1)\n", sweep]
+    parts += ["## Cost\n", costs(results)]
+    return "\n".join(parts)
+
+
+def origin(runs: Sequence[Result]) -> str:
+    """When, where and with what the runs were made."""
+    facts = [run.facts for run in runs]
+    dates = sorted({str(f["finished"])[:10] for f in facts})
+    versions = Counter(f"{name} {version}" for f in facts for name, version in f["versions"].items())
+    revisions = sorted({_short(f["git_revision"]) for f in facts})
+    devices = sorted({f"{f['device']}, {f['threads']} thread{'s' * (f['threads'] > 1)} a run" for f in facts})
+    return (
+        f"{len(runs)} runs, finished {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, on {'; '.join(devices)}.\n"
+        f"{', '.join(versions)}. Code: {', '.join(revisions)}."
+    )
+
+
+def over_seeds(rows: Sequence[dict[str, Any]]) -> str:
+    """Median and range over seeds, a row a model."""
+    columns = ("retain", "forget", "forget_20", "forget_70", "forget_last", "robustness", "steps")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+
+    def cell(model: str, column: str) -> str:
+        values = [row[column] for row in rows if row["model"] == model and row[column] is not None]
+        if not values:
+            return "-"
+        digits = 0 if column == "steps" else 3
+        return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+    table = markdown(("model", *columns), ((model, *(cell(model, column) for column in columns)) for model in models))
+    return "Median over seeds, and range:\n\n" + table
+
+
+def costs(results: Results) -> str:
+    """By stage: runs, their processes' time, tokens trained on, FLOPs of training and of evaluation, peak memory."""
+    rows = []
+    for stage in STAGES:
+        facts = [run.facts for run in results.of(stage)]
+        if facts:
+            rows.append((stage, *_cost_cells(facts)))
+    facts = [run.facts for run in results.runs]
+    ends = [datetime.fromisoformat(f["finished"]) for f in facts]
+    starts = [end - timedelta(seconds=f["seconds"]) for end, f in zip(ends, facts, strict=True)]
+    rows.append(("all", *_cost_cells(facts)))
+    header = ("stage", "runs", "process minutes", "tokens", "training FLOPs", "evaluation FLOPs", "peak memory, GiB")
+    minutes = (max(ends) - min(starts)).total_seconds() / 60
+    return (
+        markdown(header, rows) + f"\nFrom the start of the first run to the end of the last: {minutes:.1f} minutes.\n"
+    )
+
+
+def _cost_cells(facts: Sequence[dict[str, Any]]) -> list[str]:
+    def total(key: str) -> str:
+        numbers = [f[key] for f in facts if isinstance(f.get(key), int | float)]
+        return si(sum(numbers)).strip() if numbers else "-"
+
+    memory = max(f["peak_device_bytes"] or f["peak_rss_bytes"] for f in facts)
+    seconds = sum(f["seconds"] for f in facts)
+    cells = [str(len(facts)), f"{seconds / 60:.1f}", total("tokens"), total("flops"), total("evaluation_flops")]
+    return [*cells, f"{memory / 2**30:.2f}"]
+
+
+def _short(revision: str | None) -> str:
+    """Nine digits of a revision, and the + of a changed checkout."""
+    return "unknown" if revision is None else revision[:9] + "+" * revision.endswith("+")

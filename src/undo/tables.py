@@ -1,0 +1,164 @@
+"""The paper's tables: hyper-parameters from the very configs that the runs use (Tables 1 to 8), and Appendix B.1."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from undo.config import Raw, as_raw, expand, read_yaml, validate
+from undo.experiment import STAGES, Costs, plan
+from undo.paper import CHOSEN, UNLEARNING, Sweep
+from undo.prepare_models import ReducedGemma2
+from undo.results import Result, Results
+from undo.stage import Stage
+
+CAPTIONS: Final = {
+    "prepare": "Data (Appendix A)",
+    "pretrain": "Models and pretraining (Tables 1 and 2)",
+    "unlearn": "Unlearning (Table 5, B.1, D.1)",
+    "distill": "Oracle matching (Table 3), Unlearn-and-Distill (Table 6)",
+    "undo": "UNDO (Table 6, Appendix C, D.1)",
+    "relearn": "Relearning attacks (Table 4)",
+}
+HIDDEN: Final = ("name", "variant", "execution", "seeds")  # of a run, not of an experiment
+MANY: Final = 11  # more values than this are counted, not listed
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+# --- hyper-parameters ----------------------------------------------------------------------------------------------
+
+
+def hyperparameters(folder: Path, stages: Mapping[str, Stage]) -> str:
+    """Two tables a stage: the keys that all variants share, and the others. A key that is swept lists its values."""
+    present = [stage for name in STAGES if (stage := stages[name]) and (folder / f"{name}.yaml").exists()]
+    planned = {run.name: run for s in present for run in plan(s, folder / f"{s.name}.yaml", {}, Path("runs"))}
+    costs = Costs(list(planned.values()), folder)
+    parts = [
+        f"# The hyper-parameters of configs/{folder.name}\n\nMade by `uv run run_all.py {folder.name} --tables`.\n"
+    ]
+    for stage in present:
+        columns: dict[str, list[Raw]] = {}
+        amount = 0
+        for variant, raws in _variants(folder / f"{stage.name}.yaml"):
+            configs = [validate(stage.schema, raw, stage.name) for raw in raws]
+            columns[variant] = [_leaves(as_raw(config)) for config in configs]
+            for leaves, config in zip(columns[variant], configs, strict=True):
+                if "model.layers" in leaves:
+                    leaves["parameters"] = ReducedGemma2(**as_raw(config)["model"]).parameters
+                if cost := costs.of(planned[f"{stage.name}/{config.name}"]):
+                    leaves["tokens"] = cost.tokens
+            amount += len(configs)
+        keys = dict.fromkeys(key for raws in columns.values() for raw in raws for key in raw)
+        rows = {key: [_values(raw.get(key) for raw in raws) for raws in columns.values()] for key in keys}
+        common = {key: cells[0] for key, cells in rows.items() if len(set(cells)) == 1}
+        rows = {key: cells for key, cells in rows.items() if key not in common}
+        parts.append(f"## {CAPTIONS[stage.name]}\n\n`{stage.name}.yaml`, {amount} run{'s' * (amount > 1)}\n")
+        parts.append(markdown(["every run", ""], ((f"`{key}`", cell) for key, cell in common.items() if cell != "-")))
+        if rows:
+            by_variant = zip(columns, zip(*rows.values(), strict=True), strict=True)
+            parts.append(markdown(["", *(f"`{key}`" for key in rows)], ([v, *cells] for v, cells in by_variant)))
+    return "\n".join(parts)
+
+
+def _variants(source: Path) -> Iterable[tuple[str, list[Raw]]]:
+    """The variants of a YAML, "undo_{noise.alpha}" as "undo_*", each with its runs."""
+    raw = read_yaml(source)
+    for variant, changes in (raw.get("variants") or {raw.get("variant", "all"): {}}).items():
+        label = "".join("*" + part.partition("}")[2] if i else part for i, part in enumerate(variant.split("{")))
+        yield label, expand({**raw, "variants": {variant: changes}}, {}, str(source))
+
+
+def _leaves(raw: Raw, prefix: str = "") -> Raw:
+    """Dotted keys; a mixture is one value, and the name of a block stands for the block."""
+    found: Raw = {}
+    for key, value in raw.items():
+        if not prefix and key in HIDDEN:
+            continue
+        if isinstance(value, dict) and key != "mixture":
+            named = {key: value["name"]} if "name" in value else {}
+            rest = {k: v for k, v in value.items() if k != "name"}
+            found |= {f"{prefix}{k}": v for k, v in named.items()} | _leaves(rest, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _values(values: Iterable[Any]) -> str:
+    texts = list(dict.fromkeys(map(_text, values)))
+    return f"{len(texts)} different" if len(texts) > MANY else ", ".join(texts)
+
+
+def _text(value: Any) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool() | str():
+            return str(value)
+        case float():
+            return f"{value:g}"
+        case int():
+            return f"{value:,}"
+        case list():
+            return " ".join(map(_text, value)) or "-"
+        case dict():
+            return ", ".join(f"{key} {_text(part)}" for key, part in value.items() if part) or "-"
+    return str(value)
+
+
+# --- Appendix B.1 --------------------------------------------------------------------------------------------------
+
+
+def unlearning_sweep(results: Results) -> str | None:
+    """Initial and final performance of every unlearning run; where the paper prints the same run, its numbers beside.
+
+    Bold: the runs whose models are distilled; for settings of another size the paper's own choice stands beside those.
+    """
+    runs = results.of("unlearn")
+    if not runs:
+        return None
+    paper_setting = results.setting.partition("_")[0]
+    same = paper_setting == results.setting
+    taught = {run.config["teacher"] for stage in ("distill", "undo") for run in results.of(stage)}
+    rows = []
+    for run in sorted(runs, key=lambda r: (r.config["method"]["name"], r.seed, r.config["training"]["learning_rate"])):
+        method, rate = run.config["method"]["name"], run.config["training"]["learning_rate"]
+        chosen = run.name in taught
+        printed = UNLEARNING.get(paper_setting, {}).get(method, {})
+        where = rate if same else CHOSEN.get(paper_setting, {}).get(method) if chosen else None
+        theirs = next((sweep for r, sweep in printed.items() if where is not None and abs(r / where - 1) < 1e-6), None)
+        ours = _measured(run)
+        cells = [method, f"{rate:g}", str(run.seed), *_arrows(ours)]
+        if paper_setting in UNLEARNING:
+            cells += _arrows(theirs) if theirs else ["-", "-"]
+        if same and paper_setting in UNLEARNING:
+            cells += _differences(ours, theirs) if theirs else ["-", "-"]
+        rows.append([f"**{cell}**" if chosen and cell != "-" else cell for cell in cells])
+    header = ["method", "rate", "seed", "retain", "forget"]
+    if paper_setting not in UNLEARNING:
+        return markdown(header, rows)
+    header += ["paper: retain", "paper: forget"]
+    if same:
+        return markdown([*header, "difference, retain", "difference, forget"], rows)
+    return markdown(header, rows) + "\nThe paper's are those of the run it chose, at its own size: not like for like.\n"
+
+
+def _measured(run: Result) -> Sweep:
+    first, last = run.evaluations[0], run.facts["evaluation"]
+    return Sweep(first["retain"], last["retain"], first["forget"], last["forget"])
+
+
+def _arrows(sweep: Sweep) -> list[str]:
+    return [
+        f"{sweep.initial_retain:.3f} → {sweep.final_retain:.3f}",
+        f"{sweep.initial_forget:.3f} → {sweep.final_forget:.3f}",
+    ]
+
+
+def _differences(ours: Sweep, theirs: Sweep) -> list[str]:
+    return [
+        f"{ours.final_retain - theirs.final_retain:+.3f}",
+        f"{ours.final_forget - theirs.final_forget:+.3f}",
+    ]

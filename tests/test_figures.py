@@ -1,0 +1,163 @@
+"""Figures, tables and the report, from results made up so that what they must show can be worked out by hand."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from made_up import World
+
+import run_all
+from undo.claims import check
+from undo.figures import FIGURES, draw
+from undo.report import report
+from undo.tables import hyperparameters, unlearning_sweep
+
+SETTINGS = sorted(path.parent for path in (ROOT / "configs").glob("*/pretrain.yaml"))
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+def test_figures_2_6_and_7_from_what_they_need(world):
+    """Drawn as files, or in words what is missing."""
+    drawn, missing = draw(FIGURES, world.results(), world.folder)
+    assert drawn == []
+    assert [line.partition(":")[0] for line in missing] == list(FIGURES)
+    world.model("pretrain/oracle", "oracle", 0.2)
+    for student in ("reference", "random"):
+        world.model(f"distill/{student}", f"matched_{student}", 0.5, teacher="pretrain/oracle")
+        with open(world.folder / "made/distill" / student / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps({"step": step, "loss/kl": 1 / step}) + "\n" for step in range(1, 30))
+    world.model("unlearn/m", "unlearned", 0.9, method={"name": "maxent"}, reference="x")
+    for alpha in (0.1, 0.5):
+        for beta in (0.1, 1.0):
+            label = f"undo_{alpha}" + ("" if beta == 0.1 else f"_beta_{beta}")
+            noise = {"alpha": alpha, "beta": beta}
+            world.model(f"undo/{label}", label, 0.8 - alpha, steps=int(900 * alpha), teacher="unlearn/m", noise=noise)
+    drawn, missing = draw(["fig2", "fig6", "fig7"], world.results(), world.folder)
+    assert ([path.stem for path in drawn], missing) == (["fig2", "fig6", "fig7"], [])
+    for name in ("fig2", "fig6", "fig7"):
+        for suffix in ("pdf", "png"):
+            assert (world.folder / f"{name}.{suffix}").stat().st_size > 5000
+    texts = [text.get_text() for axis in FIGURES["fig6"](world.results()).axes for text in axis.texts]
+    assert texts == ["90", "90", "450", "450"]  # the cost matrix
+    titles = [axis.get_title() for axis in FIGURES["fig7"](world.results()).axes]
+    assert titles == ["before the attack", "after 40 steps", "after 500 steps"]
+
+
+def a_whole_world(world) -> None:
+    """An oracle, a teacher of each method with its distilled student, and UNDO over alpha."""
+    world.model("pretrain/oracle", "oracle", 0.2, steps=200)
+    for method in ("graddiff", "maxent", "rmu"):
+        label = "" if method == "maxent" else f"_{method}"
+        teacher = f"unlearn/{method}-lr"
+        training = {"learning_rate": 8e-5}
+        world.model(teacher, f"unlearned{label}", 0.9, method={"name": method}, reference="x", training=training)
+        world.model(f"distill/d{label}", f"distilled{label}", 0.5, teacher=teacher)
+    for alpha in (0.2, 0.4, 0.55, 0.65):
+        noise = {"alpha": alpha, "beta": 0.1}
+        world.model(f"undo/{alpha}", f"undo_{alpha}", 0.9 - alpha, teacher="unlearn/maxent-lr", noise=noise)
+
+
+def test_figures_4_9_and_10_have_a_panel_a_method(world):
+    a_whole_world(world)
+    for name in ("fig4", "fig9", "fig10"):
+        assert [axis.get_title() for axis in FIGURES[name](world.results()).axes] == ["GradDiff", "MaxEnt", "RMU"]
+
+
+def test_figure_4_is_bold_for_the_worst_case_and_figure_10_for_the_average(world):
+    a_whole_world(world)
+    curve = {0: 0.0, 20: 0.9, 40: 0.3, 500: 0.1}
+    world.run("relearn/another", "unlearned", curve=curve, model="unlearn/maxent-lr")
+    for name, expected in (("fig4", [0.0, 0.9, 0.6, 0.9]), ("fig10", [0.0, 0.6, 0.45, 0.5])):
+        lines = FIGURES[name](world.results()).axes[1].get_lines()
+        (bold,) = [line for line in lines if line.get_label() == "unlearn"]
+        assert bold.get_ydata() == pytest.approx(expected)
+        assert bold.get_linewidth() > 2 * max(line.get_linewidth() for line in lines if line.get_linewidth() < 2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "alphas"), [("made", ["0.2", "0.4", "0.55", "0.65"]), ("arithmetic", ["0.55", "0.65"])]
+)
+def test_figure_5_shows_robustness_against_compute_and_the_paper_s_alphas(tmp_path, setting, alphas):
+    world = World(tmp_path, setting=setting)
+    a_whole_world(world)
+    scaling, relearning = FIGURES["fig5"](world.results()).axes
+    (line,) = [line for line in scaling.get_lines() if len(line.get_xdata()) == 4]
+    assert list(line.get_xdata()) == [0.5] * 4  # 100 steps against the oracle's 200
+    assert line.get_ydata() == pytest.approx([alpha / 0.7 for alpha in (0.2, 0.4, 0.55, 0.65)])
+    drawn = [line.get_label() for line in relearning.get_lines() if not line.get_label().startswith("_")]
+    assert drawn == ["unlearn", *(f"α = {alpha}" for alpha in alphas), "data filtering (oracle)"]
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
+    for setting, words in (
+        ("language", "uv run run_all.py language --only 'relearn/matched_*'"),
+        ("demo", "no relearn"),
+    ):
+        world = World(tmp_path, setting=setting)
+        world.run("pretrain/reference", "reference")
+        _, (line,) = draw(["fig2"], world.results(), tmp_path)
+        assert words in line
+
+
+def test_the_sweep_stands_beside_the_paper_s(tmp_path):
+    world = World(tmp_path, "cross_entropy", "language")
+    for rate in (7e-5, 8e-5):
+        training = {"learning_rate": rate}
+        curve = {0: 3.5, 100: 12.0}
+        world.run(
+            f"unlearn/{rate}", "m", retain=5.0, forget=12.0, curve=curve, method={"name": "maxent"}, training=training
+        )
+    world.run("distill/d", "distilled", teacher="unlearn/8e-05")
+    table = unlearning_sweep(world.results())
+    assert table is not None
+    seven, eight = table.splitlines()[2:]
+    assert "| 5.000 → 5.000 | 3.500 → 12.000 | 4.936 → 4.976 | 3.467 → 12.361 | +0.024 | -0.361 |" in seven
+    assert "| **4.936 → 4.989** | **3.467 → 12.381** | **+0.011** | **-0.381** |" in eight  # bold: it is distilled
+
+
+def test_another_size_stands_beside_the_paper_s_own_choice(tmp_path):
+    world = World(tmp_path, "cross_entropy", "language_small")
+    world.run("unlearn/m", "m", method={"name": "maxent"}, training={"learning_rate": 1e-3})
+    world.run("distill/d", "distilled", teacher="unlearn/m")
+    table = unlearning_sweep(world.results())
+    assert table is not None
+    assert "12.381" in table
+    assert "difference" not in table
+    world = World(tmp_path, setting="made")
+    world.run("unlearn/m", "m", method={"name": "maxent"}, training={"learning_rate": 1e-3})
+    assert "paper" not in (unlearning_sweep(world.results()) or "")
+
+
+def test_the_report_holds_everything(world):
+    a_whole_world(world)
+    for seed, end in ((1, 0.7), (2, 0.4)):
+        noise = {"alpha": 0.2, "beta": 0.1}
+        world.model(f"undo/0.2-{seed}", "undo_0.2", end, seed=seed, noise=noise, teacher="unlearn/maxent-lr")
+    results = world.results()
+    figures, missing = draw(FIGURES, results, world.folder / "figures")
+    text = report(results, check(results), figures, missing)
+    assert "| undo_0.2 | 0.900 (0.900 to 0.900) | 0.000 (0.000 to 0.000) | 0.233 (0.133 to 0.233)" in text
+    assert "![fig4](figures/fig4.png)" in text
+    assert "fig2: not drawn" in text
+    assert "| relearn | 13 | 13.0 | 13000 | 13 | - | 1.00 |" in text
+    assert "torch 2.15.0. Code: 012345678+." in text
+    assert text.count("| holds |") + text.count("| mixed |") + text.count("| fails |") + text.count("| not run |") == 9
+
+
+@pytest.mark.parametrize("folder", SETTINGS, ids=lambda folder: folder.name)
+def test_the_committed_tables_are_those_of_the_configs(folder):
+    """Make them anew with: uv run run_all.py <setting> --tables > docs/settings/<setting>.md"""
+    committed = ROOT / "docs/settings" / f"{folder.name}.md"
+    assert committed.read_text() == hyperparameters(folder, run_all.STAGES)
+
+
+def test_tables_hold_what_the_paper_s_hold():
+    text = hyperparameters(ROOT / "configs/language", run_all.STAGES)
+    assert "| `parameters` | 112,904,000 |" in text
+    assert "| `training.learning_rate` | 1e-05, 2e-05, 3e-05, 4e-05, 5e-05, 6e-05, 7e-05, 8e-05 |" in text
+    assert "| `mixture` | retain 0.5, forget 0.5 |" in text
+    assert "| distilled | 4,069 | 240 | 0.0009 | 0.0007 | unlearn/maxent-lr_8e-05-seed_0 | random | - |" in text
