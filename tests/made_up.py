@@ -22,7 +22,7 @@ class World:
         (folder / "config.yaml").write_text(OmegaConf.to_yaml({**base, **config}))
         facts = {"evaluation": {"retain": retain, "forget": forget}, "steps": steps, "flops": 1.0, "parents": {}}
         facts |= {"finished": "2026-11-21T10:00:00+00:00", "seconds": 60.0, "device": "a card", "threads": 1}
-        facts |= {"versions": {"torch": "2.15.0"}, "git_revision": "0123456789abcdef+", "tokens": 1000}
+        facts |= {"versions": {"torch": "2.15.0"}, "git_revision": "0123456789abcdef+", "tokens": 10 * steps}
         facts |= {"peak_rss_bytes": 2**30, "peak_device_bytes": None}
         (folder / "run.json").write_text(json.dumps(facts))
         curve = curve or {0: forget}

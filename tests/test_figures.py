@@ -10,7 +10,7 @@ import run_all
 from undo.claims import check
 from undo.figures import FIGURES, draw
 from undo.report import report
-from undo.tables import hyperparameters, unlearning_sweep
+from undo.tables import compute, hyperparameters, unlearning_sweep
 
 SETTINGS = sorted(path.parent for path in (ROOT / "configs").glob("*/pretrain.yaml"))
 
@@ -161,3 +161,18 @@ def test_tables_hold_what_the_paper_s_hold():
     assert "| `training.learning_rate` | 1e-05, 2e-05, 3e-05, 4e-05, 5e-05, 6e-05, 7e-05, 8e-05 |" in text
     assert "| `mixture` | retain 0.5, forget 0.5 |" in text
     assert "| distilled | 4,069 | 240 | 0.0009 | 0.0007 | unlearn/maxent-lr_8e-05-seed_0 | random | - |" in text
+
+
+def test_what_undo_takes_stands_beside_the_paper_s_numbers(tmp_path):
+    world = World(tmp_path, setting="arithmetic_small")
+    world.run("pretrain/reference", "reference", steps=200)
+    world.model("pretrain/oracle", "oracle", 0.2, steps=200)
+    world.run("unlearn/m", "unlearned", method={"name": "maxent"})
+    for alpha, steps in ((0.6, 60), (0.8, 180)):
+        noise = {"alpha": alpha, "beta": 0.1}
+        world.model(f"undo/{alpha}", f"undo_{alpha}", 0.5, steps=steps, teacher="unlearn/m", noise=noise)
+    table = compute(world.results())
+    assert table is not None
+    assert "| about 20% | 30% | +10% |" in table
+    assert "| 60% to 80% | 90% | +10% |" in table
+    assert compute(World(tmp_path / "other").results()) is None

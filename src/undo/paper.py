@@ -105,5 +105,8 @@ CHOSEN: Final[dict[str, dict[str, float]]] = {
     "arithmetic": {"graddiff": 8e-6, "maxent": 9e-5, "rmu": 8e-6},
 }
 
-# Share of the pretraining corpus that UNDO takes at alpha = 0.6 (Appendix D.2.7: "around").
-UNDO_SHARE_OF_PRETRAINING: Final = {"language": 0.35, "arithmetic": 0.20}
+# Share of the pretraining corpus that UNDO trains on at alpha = 0.6 (Appendix D.2.7: "around").
+SHARE_AT_ALPHA_06: Final = {"language": 0.35, "arithmetic": 0.20}
+
+# Its compute at the strongest setting, alpha = 0.8, against that of data filtering (abstract).
+COMPUTE_AT_ALPHA_08: Final = (0.6, 0.8)

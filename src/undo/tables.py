@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 from undo.config import Raw, as_raw, expand, read_yaml, validate
 from undo.experiment import STAGES, Costs, plan
-from undo.paper import CHOSEN, UNLEARNING, Sweep
+from undo.paper import CHOSEN, COMPUTE_AT_ALPHA_08, SHARE_AT_ALPHA_06, UNLEARNING, Sweep
 from undo.prepare_models import ReducedGemma2
 from undo.results import Result, Results
 from undo.stage import Stage
@@ -108,7 +109,7 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-# --- Appendix B.1 --------------------------------------------------------------------------------------------------
+# --- numbers that the paper prints -------------------------------------------------------------------------------
 
 
 def unlearning_sweep(results: Results) -> str | None:
@@ -143,6 +144,30 @@ def unlearning_sweep(results: Results) -> str | None:
     if same:
         return markdown([*header, "difference, retain", "difference, forget"], rows)
     return markdown(header, rows) + "\nThe paper's are those of the run it chose, at its own size: not like for like.\n"
+
+
+def compute(results: Results) -> str | None:
+    """What UNDO takes, in the two quantities of which the paper prints numbers; medians over seeds."""
+    printed = SHARE_AT_ALPHA_06.get(results.setting.partition("_")[0])
+    reference = next((run for run in results.of("pretrain") if run.config["variant"] == "reference"), None)
+    shares = [] if reference is None else [r.facts["tokens"] / reference.facts["tokens"] for r in _undo(results, 0.6)]
+    ratios = [r for a in results.attacked if a.model in _undo(results, 0.8) if (r := results.compute(a)) is not None]
+    low, high = COMPUTE_AT_ALPHA_08
+    rows = []
+    if printed is not None and shares:
+        ours = median(shares)
+        share = "trained on at α = 0.6, as a share of the pretraining corpus"
+        rows.append((share, f"about {printed:.0%}", f"{ours:.0%}", f"{ours - printed:+.0%}"))
+    if printed is not None and ratios:
+        ours = median(ratios)
+        off = ours - min(max(ours, low), high)
+        steps = "steps at α = 0.8, as a share of those of data filtering"
+        rows.append((steps, f"{low:.0%} to {high:.0%}", f"{ours:.0%}", f"{off:+.0%}" if off else "within"))
+    return markdown(("", "paper", "ours", "difference"), rows) if rows else None
+
+
+def _undo(results: Results, alpha: float) -> list[Result]:
+    return [run for run in results.of("undo") if run.config["variant"] == f"undo_{alpha}"]
 
 
 def _measured(run: Result) -> Sweep:
