@@ -1,16 +1,20 @@
 """The prepare stage on texts: tokenizer, split by document, stores, and what it refuses."""
 
 import json
+import os
+import signal
+import sys
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from undo.config import ConfigError, validate
+from undo.prepare_data import prepare as stage
 from undo.prepare_data.prepare import Prepare, prepare
 from undo.prepare_data.text import Source
 from undo.run import Run
-from undo.tokens import TokenStore
+from undo.tokens import StoreWriter, TokenStore
 
 WORDS = {"retain": ["river", "stone", "light", "paper", "seven"], "forget": ["강물이", "돌", "빛", "종이를", "일곱"]}
 DOCUMENTS = 120
@@ -84,6 +88,16 @@ def test_decoding_the_made_tokenizer_is_exact_and_digits_stand_alone(prepared):
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, 2)
 
 
+def test_frequent_numbers_can_be_one_token(corpus, tmp_path):
+    text = "\n".join(f"{n} + 47 = 50" for n in range(300))
+    (tmp_path / "retain.jsonl").write_text((json.dumps({"text": text}) + "\n") * 20)
+    data = {role: {"path": str(file / f"{role}.jsonl")} for role, file in (("retain", tmp_path), ("forget", corpus))}
+    tokenizer = {"name": "byte_pairs", "vocab_size": 300, "split_digits": False}
+    run = make(tmp_path, corpus, data=data, tokenizer=tokenizer, validation_share=0.5)
+    made = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
+    assert len(made(" 47", add_special_tokens=False)["input_ids"]) == 1
+
+
 def test_the_split_depends_on_the_seed_alone(corpus, prepared, tmp_path):
     again = make(tmp_path / "a", corpus)
     other = make(tmp_path / "b", corpus, seed=43)
@@ -116,16 +130,45 @@ def test_an_existing_tokenizer_and_english_beside_the_arithmetic_world(corpus, p
     assert any("=" in text for text in texts(run, "train", "forget"))
 
 
-def test_half_of_a_role_is_made_again(corpus, prepared, tmp_path):
-    """Killed between the two stores of a role: the validation half was in memory only."""
-    import shutil
+def stored(run) -> dict[str, bytes]:
+    return {str(file.relative_to(run.folder)): file.read_bytes() for file in sorted(run.folder.glob("*/*/*"))}
 
-    run = make(tmp_path, corpus)
-    (run.folder / "run.json").unlink()
-    shutil.rmtree(run.folder / "validation/forget")
-    run = make(tmp_path, corpus)
-    for part in ("train", "validation"):
-        assert numbers(run, part, "forget") == numbers(prepared, part, "forget")
+
+@pytest.mark.parametrize("moment", ["reading", "between the stores"])
+def test_killed_while_it_reads(corpus, tmp_path, monkeypatch, moment):
+    """SIGKILL; then only what was not yet written is tokenised, and the stores are those of an undisturbed run."""
+    monkeypatch.setattr(stage, "WINDOW", 20)
+    monkeypatch.setattr(stage, "TEXTS_AT_ONCE", 5)
+    undisturbed = stored(make(tmp_path / "undisturbed", corpus))
+    if (child := os.fork()) == 0:
+        if moment == "reading":
+            reading = Source.texts
+
+            def dying(source):
+                for number, text in enumerate(reading(source)):
+                    if number == 77 and sys._getframe(1).f_code.co_name == "batched":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    yield text
+
+            monkeypatch.setattr(Source, "texts", dying)
+        else:
+            monkeypatch.setattr(StoreWriter, "finish", lambda writer: os.kill(os.getpid(), signal.SIGKILL))
+        make(tmp_path / "killed", corpus)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not list((tmp_path / "killed").rglob("train/*/store.json"))
+    tokenised = []
+    tokenise = stage.documents
+
+    def counting(texts, *rest):
+        some = list(texts)
+        tokenised.append(len(some))
+        return tokenise(iter(some), *rest)
+
+    monkeypatch.setattr(stage, "documents", counting)
+    assert stored(make(tmp_path / "killed", corpus)) == undisturbed
+    # three windows of 20 long documents, and a few short and held-out ones, had been written
+    assert tokenised[0] < DOCUMENTS - 40 if moment == "reading" else tokenised == [DOCUMENTS]  # the other role alone
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,16 @@ def test_a_glob_reads_all_files_in_order_and_stops_at_the_limit(tmp_path):
     assert list(source.texts()) == ["a0", "a1", "a2", "b0"]
 
 
+def test_a_share_is_drawn_from_everywhere_and_is_the_same_each_time(tmp_path):
+    file = tmp_path / "corpus.jsonl"
+    file.write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(1000)))
+    drawn = [int(text) for text in Source(path=str(file), share=0.2).texts()]
+    assert drawn == [int(text) for text in Source(path=str(file), share=0.2).texts()]
+    assert 150 < len(drawn) < 250
+    assert all(any(start <= n < start + 100 for n in drawn) for start in range(0, 1000, 100))
+    assert len(list(Source(path=str(file), share=0.2, documents=30).texts())) == 30
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

@@ -7,22 +7,26 @@ is cut into pieces; pieces are packed best-fit, so nothing is thrown away and sh
 """
 
 import json
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import numpy as np
 
 from undo.config import ConfigError, Role
+from undo.run import write_atomically
 
 if TYPE_CHECKING:
     import torch
 
 IGNORE: Final = -100  # the label of a position without a target
-WINDOW: Final = 1 << 16  # pieces that are packed together, at most
-WINDOW_TOKENS: Final = 1 << 24  # or as many pieces as hold so many tokens
+WINDOW: Final = 1 << 16  # documents that are packed together, at most
+WINDOW_TOKENS: Final = 1 << 24  # or as many documents as hold so many tokens
+FILES: Final = ("tokens.bin", "pieces.bin", "rows.bin")
 
 
 @dataclass(frozen=True)
@@ -116,34 +120,75 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return bins
 
 
-def pack(documents: Iterable[np.ndarray], folder: Path, length: int, vocab_size: int) -> "TokenStore":
-    """Write a store of rows of at most `length` tokens, in bounded memory. The folder appears only when complete."""
-    width = max(2, ((vocab_size - 1).bit_length() + 7) // 8)
-    partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    end, pieces = 0, 0
-    cut = (doc[i : i + length] for doc in documents for i in range(0, len(doc), length))
-    with (
-        open(partial / "tokens.bin", "wb") as token_file,
-        open(partial / "pieces.bin", "wb") as piece_file,
-        open(partial / "rows.bin", "wb") as row_file,
-    ):
-        _write(piece_file, [0])
-        _write(row_file, [0])
-        for window in batched(cut, WINDOW, WINDOW_TOKENS):
-            lengths = np.array([len(piece) for piece in window])
-            bins = best_fit(lengths, length)
+class StoreWriter:
+    """Writes a store window by window, in bounded memory. The folder appears only when it is complete.
+
+    After each window the caller's `state` is on disk with it: another process that opens the same folder finds the
+    last one, and goes on from there.
+    """
+
+    def __init__(self, folder: Path, length: int, vocab_size: int) -> None:
+        self.folder, self.length, self.vocab_size = folder, length, vocab_size
+        self.width = max(2, ((vocab_size - 1).bit_length() + 7) // 8)
+        self._partial = partial_of(folder)
+        self._partial.mkdir(parents=True, exist_ok=True)
+        self._progress = self._partial / "progress.json"
+        found = json.loads(self._progress.read_text()) if self._progress.exists() else None
+        self.state: dict[str, Any] | None = found and found["state"]
+        self.tokens, self._pieces, self._rows = found["written"] if found else (0, 0, 0)
+        kept = (self.tokens * self.width, 8 * (self._pieces + 1), 8 * (self._rows + 1)) if found else (0, 0, 0)
+        for name, size in zip(FILES, kept, strict=True):
+            with open(self._partial / name, "ab") as file:
+                file.truncate(size)
+        if not found:
+            for name in FILES[1:]:
+                self._append(name, np.zeros(1, dtype="<i8"))
+
+    def add(self, documents: Sequence[np.ndarray], state: dict[str, Any]) -> None:
+        """Cut documents to rows, pack them, and leave `state` (plain values) for whoever has to continue."""
+        pieces = [doc[i : i + self.length] for doc in documents for i in range(0, len(doc), self.length)]
+        if pieces:
+            lengths = np.array([len(piece) for piece in pieces])
+            bins = best_fit(lengths, self.length)
             order = [index for row in bins for index in row]
-            tokens = np.concatenate([window[index] for index in order])
-            if tokens.max(initial=0) >= vocab_size:
-                raise ConfigError(f"token id {tokens.max()} does not fit a vocabulary of {vocab_size}")
-            token_file.write(tokens.astype("<u4").view(np.uint8).reshape(-1, 4)[:, :width].tobytes())
-            _write(piece_file, end + lengths[order].cumsum())
-            _write(row_file, pieces + np.cumsum([len(row) for row in bins]))
-            end, pieces = end + len(tokens), pieces + len(order)
-    (partial / "store.json").write_text(json.dumps({"length": length, "vocab_size": vocab_size, "width": width}))
-    partial.rename(folder)
-    return TokenStore(folder)
+            tokens = np.concatenate([pieces[index] for index in order])
+            if tokens.max() >= self.vocab_size:
+                raise ConfigError(f"token id {tokens.max()} does not fit a vocabulary of {self.vocab_size}")
+            self._append("tokens.bin", tokens.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : self.width])
+            self._append("pieces.bin", self.tokens + lengths[order].cumsum())
+            self._append("rows.bin", self._pieces + np.cumsum([len(row) for row in bins]))
+            self.tokens += len(tokens)
+            self._pieces += len(order)
+            self._rows += len(bins)
+        written = [self.tokens, self._pieces, self._rows]
+        write_atomically(self._progress, json.dumps({"written": written, "state": state}))
+
+    def finish(self) -> "TokenStore":
+        facts = {"length": self.length, "vocab_size": self.vocab_size, "width": self.width}
+        (self._partial / "store.json").write_text(json.dumps(facts))
+        self._progress.unlink(missing_ok=True)
+        self._partial.rename(self.folder)
+        return TokenStore(self.folder)
+
+    def _append(self, name: str, numbers: np.ndarray) -> None:
+        with open(self._partial / name, "ab") as file:
+            file.write((numbers if numbers.dtype == np.uint8 else numbers.astype("<i8")).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a store lies while it is written."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def pack(documents: Iterable[np.ndarray], folder: Path, length: int, vocab_size: int) -> "TokenStore":
+    """Write a store of rows of at most `length` tokens in one go, whatever an earlier attempt has left."""
+    shutil.rmtree(partial_of(folder), ignore_errors=True)
+    writer = StoreWriter(folder, length, vocab_size)
+    for window in batched(documents, WINDOW, WINDOW_TOKENS):
+        writer.add(window, {})
+    return writer.finish()
 
 
 Sized = TypeVar("Sized", np.ndarray, str)
@@ -160,10 +205,6 @@ def batched(items: Iterable[Sized], count: int, size: int) -> Iterator[list[Size
             batch, total = [], 0
     if batch:
         yield batch
-
-
-def _write(file: IO[bytes], numbers: np.ndarray | list[int]) -> None:
-    file.write(np.asarray(numbers, dtype="<i8").tobytes())
 
 
 class TokenStore:

@@ -5,9 +5,9 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -18,7 +18,7 @@ from undo.prepare_data.text import Source
 from undo.prepare_data.tokenizer import load_tokenizer, train_byte_pairs, train_words
 from undo.run import Run, write_atomically
 from undo.stage import Stage
-from undo.tokens import TokenStore, batched, pack
+from undo.tokens import WINDOW, WINDOW_TOKENS, StoreWriter, TokenStore, batched, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,8 +67,6 @@ class Prepare(StageConfig):
 
 
 def prepare(cfg: Prepare, run: Run) -> None:
-    for partial in run.folder.glob("*/*.partial"):
-        shutil.rmtree(partial)
     check_disk(cfg, run.folder)
     problems = [problem for role in OPERATIONS for problem in cfg.world.validation(role)] if cfg.world else []
     if problems:
@@ -96,16 +94,19 @@ def prepare(cfg: Prepare, run: Run) -> None:
 
 def make_tokenizer(cfg: Prepare, problems: Iterable[str], folder: Path) -> "tuple[PreTrainedTokenizerBase, int]":
     """Train it or fetch it, leave it in the folder -> the tokenizer, and the vocabulary that a model needs for it."""
-    match cfg.tokenizer:
-        case str() as name:
-            load_tokenizer(name).save_pretrained(folder)
-            configured = 0
-        case WordTokenizer(vocab_size=configured):
-            train_words(chain(generated(cfg), problems), configured, folder)
-        case BytePairTokenizer(vocab_size=configured, characters=characters, split_digits=split_digits):
-            texts = [*(source.texts() for source in cfg.data.values()), *([generated(cfg)] if cfg.world else [])]
-            begun = chain.from_iterable(beginning(text, characters) for text in texts)
-            train_byte_pairs(begun, configured, folder, split_digits)
+    configured = 0 if isinstance(cfg.tokenizer, str) else cfg.tokenizer.vocab_size
+    if not folder.exists():
+        partial = folder.with_name("tokenizer.partial")
+        match cfg.tokenizer:
+            case str() as name:
+                load_tokenizer(name).save_pretrained(partial)
+            case WordTokenizer():
+                train_words(chain(generated(cfg), problems), configured, partial)
+            case BytePairTokenizer(characters=characters, split_digits=split_digits):
+                texts = [*(source.texts() for source in cfg.data.values()), *([generated(cfg)] if cfg.world else [])]
+                begun = chain.from_iterable(beginning(text, characters) for text in texts)
+                train_byte_pairs(begun, configured, partial, split_digits)
+        partial.rename(folder)
     tokenizer = load_tokenizer(str(folder))
     return tokenizer, max(len(tokenizer), configured)
 
@@ -126,17 +127,26 @@ def beginning(texts: Iterable[str], characters: int) -> Iterator[str]:
 def split_text(
     cfg: Prepare, role: Role, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, folder: Path
 ) -> list[TokenStore]:
-    """Stores of training and validation text, split by document in one reading."""
-    source, places = cfg.data[role], [folder / part / role for part in ("train", "validation")]
-    if all(place.exists() for place in places):
-        return [TokenStore(place) for place in places]
-    shutil.rmtree(places[0], ignore_errors=True)  # its validation half is lost: both anew
+    """Stores of training and validation text, split by document in one reading.
+
+    An interrupted reading goes on after the last window that was written: those documents are read, and not tokenised.
+    """
+    source, (train, validation) = cfg.data[role], (folder / part / role for part in ("train", "validation"))
+    if train.exists():
+        return [TokenStore(train), TokenStore(validation)]
+    writer = StoreWriter(train, cfg.length, vocab_size)
     rng = np.random.default_rng([cfg.seed, ROLES.index(role)])
-    held_out: list[np.ndarray] = []
+    state = writer.state or {"documents": 0, "held_out": [], "rng": rng.bit_generator.state, "complete": False}
+    rng.bit_generator.state = state["rng"]
+    held_out = [np.array(ids, dtype=np.uint32) for ids in state["held_out"]]
+    read = state["documents"]
 
     def training() -> Iterator[np.ndarray]:
-        room, tokens = cfg.validation_tokens, 0
-        for ids in documents(source.texts(), tokenizer, f"train/{role}", source.tokens):
+        nonlocal read
+        room, tokens = cfg.validation_tokens - sum(map(len, held_out)), writer.tokens
+        texts = islice(source.texts(), read, None)
+        for ids in documents(texts, tokenizer, f"train/{role}", source.tokens, read, tokens):
+            read += 1
             if len(ids) < cfg.shortest:
                 continue
             if rng.random() < cfg.validation_share and room > 0:
@@ -148,16 +158,23 @@ def split_text(
             if source.tokens is not None and tokens >= source.tokens:
                 return
 
-    train = pack(training(), places[0], cfg.length, vocab_size)
-    if train.tokens == 0 or not held_out:
-        shutil.rmtree(places[0])
-        what = "training" if train.tokens == 0 else "validation"
-        raise ConfigError(
-            f"data.{role}: no document of {cfg.shortest} tokens or more is left for {what}\n"
-            f"give more text, or another validation_share (now {cfg.validation_share:g}) or shortest"
-        )
+    def reached(complete: bool) -> dict[str, Any]:
+        kept = [ids.tolist() for ids in held_out]
+        return {"documents": read, "held_out": kept, "rng": rng.bit_generator.state, "complete": complete}
+
+    if not state["complete"]:
+        for window in batched(training(), WINDOW, WINDOW_TOKENS):
+            writer.add(window, reached(complete=False))
+        if writer.tokens == 0 or not held_out:
+            what = "training" if writer.tokens == 0 else "validation"
+            raise ConfigError(
+                f"data.{role}: no document of {cfg.shortest} tokens or more is left for {what}\n"
+                f"give more text, or another validation_share (now {cfg.validation_share:g}) or shortest"
+            )
+        writer.add([], reached(complete=True))
     print(f"validation/{role}: {sum(map(len, held_out)):,} tokens of at most {cfg.validation_tokens:,}", flush=True)
-    return [train, pack(held_out, places[1], cfg.length, vocab_size)]
+    made = store(iter(held_out), validation, cfg.length, vocab_size)  # before the other appears: then both are there
+    return [writer.finish(), made]
 
 
 def store(texts: Iterator[np.ndarray], folder: Path, length: int, vocab_size: int) -> TokenStore:
@@ -166,18 +183,24 @@ def store(texts: Iterator[np.ndarray], folder: Path, length: int, vocab_size: in
 
 
 def documents(
-    texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase", label: str, budget: int | None = None
+    texts: Iterable[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    label: str,
+    budget: int | None = None,
+    count: int = 0,
+    tokens: int = 0,
 ) -> Iterator[np.ndarray]:
     """<bos> text <eos>, as uint32 arrays; progress is printed, and so stands in the launcher's table.
 
-    Many texts at a time: the tokenizer then works on all cores (its own threads; 1.8 times one core's speed on two).
+    `count` documents with `tokens` tokens were read by an earlier attempt. Many texts at a time: the tokenizer then
+    works on all cores (its own threads; 1.8 times one core's speed on two).
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    begin, count, tokens = time.monotonic(), 0, 0
+    begin, before = time.monotonic(), tokens
     for some in batched(texts, TEXTS_AT_ONCE, CHARACTERS_AT_ONCE):
         encoded = tokenizer(some, add_special_tokens=False)["input_ids"]
         count, tokens = count + len(encoded), tokens + sum(map(len, encoded)) + 2 * len(encoded)
-        speed = tokens / max(time.monotonic() - begin, 1e-9)
+        speed = (tokens - before) / max(time.monotonic() - begin, 1e-9)
         of = "" if budget is None else f" of {budget:,} ({min(1, tokens / budget):.0%})"
         print(f"{label}: {count:,} documents, {tokens:,}{of} tokens, {speed:,.0f} tokens/s", flush=True)
         for ids in encoded:
