@@ -12,7 +12,7 @@ from undo import cli
 from undo.config import RunName
 from undo.distill import DistillingStage, distill
 from undo.run import Run
-from undo.stage import Stage, load_parent, place, shape_of
+from undo.stage import Stage, load_parent, place, shape_of_parent
 
 
 class Distill(DistillingStage):
@@ -34,7 +34,7 @@ def start(cfg: Distill, run: Run) -> None:
     if cfg.reference is not None:
         student = load_parent(run, cfg.reference)
     else:
-        student = place(shape_of(load_parent(run, cfg.teacher)).build(cfg.seed_for("init")), run)
+        student = place(shape_of_parent(run, cfg.teacher).build(cfg.seed_for("init")), run)
     distill(cfg, run, student)
 
 

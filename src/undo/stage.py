@@ -178,6 +178,11 @@ def load_parent(run: Run, name: str) -> "Gemma2ForCausalLM":
     return place(load(run.sibling(name).model), run)
 
 
+def shape_of_parent(run: Run, name: str) -> ReducedGemma2:
+    """The shape of another run's model, without loading its weights."""
+    return ReducedGemma2.from_transformers(json.loads((run.sibling(name).model / "config.json").read_text()))
+
+
 def place(model: "Gemma2ForCausalLM", run: Run) -> "Gemma2ForCausalLM":
     """The same model, on this process's device, compiled if the run's config says so."""
     from undo import models
