@@ -208,13 +208,15 @@ def run_jobs(jobs: Sequence[Job], display: Display) -> dict[str, str]:
                         worker.close()
                         waiting += _after_exit(worker, failed, display)
                 waiting = [job for job in waiting if not _give_up(job, failed, display)]
+                full = set[DeviceShare]()  # asked for in vain: one look for all that want the same, many times a second
                 for job in list(waiting):
-                    if any(not job.runs[0].sibling(parent).done for parent in job.waits_for):
+                    if job.share in full or any(not job.runs[0].sibling(parent).done for parent in job.waits_for):
                         continue
                     if any(run.is_held() for run in job.runs):  # by another launcher: let it finish, then look again
                         continue
                     slot = take_slot(job.share, gpus)
                     if slot is None:
+                        full.add(job.share)
                         continue
                     waiting.remove(job)
                     working.append(Worker.start(job, slot))
