@@ -100,6 +100,15 @@ def test_two_launchers_together_do_not_overbook(tmp_path):
     assert other.device == "1"
 
 
+def test_asking_in_vain_leaves_nothing_behind(tmp_path):
+    """The launcher asks ten times a second; every file would be opened at every later look."""
+    taken = [take_slot(DeviceShare(runs_per_gpu=2), ["0"], tmp_path) for _ in range(2)]
+    before = sorted(tmp_path.iterdir())
+    assert not any(take_slot(DeviceShare(runs_per_gpu=n), ["0"], tmp_path) for n in (1, 2, 2, 2))
+    assert sorted(tmp_path.iterdir()) == before
+    assert all(taken)
+
+
 def test_cpu_workers_divide_the_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "cores", lambda: 6)
     taken = [take_slot(DeviceShare(threads=2), [], tmp_path) for _ in range(4)]

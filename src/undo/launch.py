@@ -109,7 +109,8 @@ def take_slot(share: DeviceShare, gpus: Sequence[str], folder: Path | None = Non
 
 def _take_one_of(folder: Path, device: str, limit: int) -> Slot | None:
     used, strictest, free = 0, limit, None
-    for index in range(max(limit, len(list(folder.glob(f"{_file_name(device)}.slot-*"))) + 1)):
+    present = len(list(folder.glob(f"{_file_name(device)}.slot-*")))  # another launcher may have allowed more of them
+    for index in range(max(limit, present)):
         file = os.open(folder / f"{_file_name(device)}.slot-{index}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
