@@ -1,6 +1,6 @@
 """A whole setting, in order, to its table and figures: prepare -> pretrain -> unlearn -> distill, undo -> relearn.
 
-    uv run run_all.py demo [stage.key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
+    uv run run_all.py demo [stage.key=value ...] [--only GLOB] [--with NAME] [--dry-run] [--force]
 
 The stages are one graph of jobs: a run starts as soon as its own parents are done. Overrides carry the name of their
 stage (undo.noise.beta=0.5); seed and sweep.seed go to every stage that has a seed.
@@ -19,9 +19,8 @@ import run_undo
 import run_unlearn
 from undo import cli
 from undo.config import ConfigError, parse_overrides
-from undo.experiment import PlannedRun, find_config, plan, select
+from undo.experiment import PlannedRun, find_configs, plan, select, sources
 from undo.prepare_data import prepare
-from undo.stage import Stage
 from undo.tables import hyperparameters
 
 STAGES = {
@@ -46,30 +45,41 @@ def route(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return routed
 
 
-def folder_of(setting: str) -> Path:
-    """The folder of a setting's YAML files: a name in configs/, or a path."""
-    return Path(setting) if Path(setting).is_dir() else find_config(setting, "pretrain").parent
-
-
 def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
-    """The runs of all stages that the setting has a YAML for, parents before children."""
+    """The runs of all stages that the setting has a YAML for, parents before children.
+
+    Experiments beside the main ones, <stage>_<name>.yaml, are taken with `--with name`.
+    """
     routed = route(parse_overrides(args.overrides))
-    folder = folder_of(args.config)
-    present: list[Stage] = [stage for stage in STAGES.values() if (folder / f"{stage.name}.yaml").exists()]
-    if not present:
-        raise ConfigError(f"{folder} holds no stage's YAML; it needs files such as pretrain.yaml")
+    folder = find_configs(args.config, "pretrain")[0].parent
+    wanted = {name: [source for source in sources(folder, name) if _is_wanted(source, name, args)] for name in STAGES}
+    if unknown := set(args.experiments) - {s.stem.partition("_")[2] for found in wanted.values() for s in found}:
+        raise ConfigError(f"{folder} holds no <stage>_{min(unknown)}.yaml")
     runs = [
-        run for stage in present for run in plan(stage, folder / f"{stage.name}.yaml", routed[stage.name], args.runs)
+        run for name, found in wanted.items() if found for run in plan(STAGES[name], found, routed[name], args.runs)
     ]
     return select(runs, args.only, with_parents=True), folder
 
 
+def _is_wanted(source: Path, stage: str, args: argparse.Namespace) -> bool:
+    return source.stem == stage or source.stem.removeprefix(f"{stage}_") in args.experiments
+
+
 def main() -> int:
     parser = cli.parser("All stages of configs/<setting>/, to the table and the figures.")
+    parser.add_argument(
+        "--with",
+        nargs=1,
+        action="extend",
+        default=[],
+        dest="experiments",
+        metavar="NAME",
+        help="also <stage>_NAME.yaml",
+    )
     parser.add_argument("--tables", action="store_true", help="print the setting's hyper-parameters, and do nothing")
     args = parser.parse_intermixed_args()
     if args.tables:
-        print(hyperparameters(folder_of(args.config), STAGES), end="")
+        print(hyperparameters(find_configs(args.config, "pretrain")[0].parent, STAGES), end="")
         return 0
     status = cli.launch(args, planned)
     if args.dry_run or status == 130:

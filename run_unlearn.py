@@ -4,6 +4,7 @@ uv run run_unlearn.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from undo import cli
 from undo.config import Mixture, RunName
@@ -11,6 +12,9 @@ from undo.methods import UnlearningMethod
 from undo.prepare_models import ReducedGemma2
 from undo.run import Run
 from undo.stage import Stage, TrainingStage, fit, generator, keep, load_parent
+
+if TYPE_CHECKING:
+    from undo.train import Gradient, Gradients, Terms
 
 
 class Unlearn(TrainingStage):
@@ -27,17 +31,26 @@ class Unlearn(TrainingStage):
 
 
 def unlearn(cfg: Unlearn, run: Run) -> None:
+    from undo import health
     from undo.models import freeze
 
     model = load_parent(run, cfg.reference)
-    for name, weight in model.named_parameters():
-        weight.requires_grad_(cfg.method.trains(name))
+    health.choose_weights(model, cfg.method)
     reference = freeze(load_parent(run, cfg.reference)) if cfg.method.needs_reference else None
     rng = generator(cfg.seed_for("objective"))
     objective = cfg.method.objective(model, reference, rng)
-    facts = fit(cfg, run, model, objective, rng=rng, starts_as=cfg.reference)
+
+    def step(gradient: "Gradient") -> "tuple[Terms, Gradients]":
+        if gradient.progress == 0:
+            run.record(0, health.gradient_norms(gradient, cfg.method))
+        return cfg.method.step(gradient, rng)
+
+    facts = fit(cfg, run, model, objective, step=step, rng=rng, starts_as=cfg.reference)
+    start = reference or load_parent(run, cfg.reference)
+    found = health.of(model, start, run.sibling(cfg.data)) | health.recorded_norms(run)
+    print(health.as_line(found), flush=True)
     keep(model, cfg, run)
-    run.finish(**facts)
+    run.finish(**facts, health=found)
 
 
 STAGE = Stage("unlearn", Unlearn, unlearn, (__file__,))

@@ -12,7 +12,7 @@ import run_all
 from run_pretrain import Pretrain
 from run_unlearn import Unlearn
 from undo.config import ConfigError, StageConfig, differences, expand, parse_overrides, read_yaml, validate
-from undo.experiment import STAGES, find_config, plan
+from undo.experiment import STAGES, find_configs, plan, sources
 
 DEMO = ROOT / "configs" / "demo"
 SETTINGS = sorted({path.parent for path in (ROOT / "configs").glob("*/*.yaml")})
@@ -36,7 +36,7 @@ def test_every_config_is_valid_and_every_parent_exists(folder, tmp_path):
         run
         for name in STAGES
         if (folder / f"{name}.yaml").exists()
-        for run in plan(run_all.STAGES[name], folder / f"{name}.yaml", {}, tmp_path)
+        for run in plan(run_all.STAGES[name], sources(folder, name), {}, tmp_path)
     ]
     names = [run.name for run in planned]
     assert len(set(names)) == len(names)
@@ -159,7 +159,7 @@ def test_unreadable_yaml(tmp_path, content, words):
 
 def test_missing_file_names_the_settings_there_are():
     with pytest.raises(ConfigError, match="demo"):
-        find_config("dmeo", "pretrain")
+        find_configs("dmeo", "pretrain")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_yaml(DEMO / "nothing.yaml")
 

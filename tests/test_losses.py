@@ -210,7 +210,7 @@ def test_gradients_of_a_whole_model(kind, tied):
 def test_batch_without_labels_costs_nothing_and_is_zero(model):
     tokens = batch()
     tokens.labels.fill_(IGNORE)
-    empty = type(tokens)(tokens.input_ids, tokens.positions, tokens.labels, total=1)
+    empty = type(tokens)(tokens.input_ids, tokens.positions, tokens.labels, total=1, documents=1)
     teacher = SHAPE.build(seed=5)
     for loss in (
         losses.cross_entropy(model, empty),
@@ -249,7 +249,7 @@ def test_activation_mse_by_hand():
     from undo.tokens import Tokens
 
     labels = torch.tensor([[7, IGNORE, 8]])
-    tokens = Tokens(torch.zeros(1, 3, dtype=torch.long), torch.arange(3)[None], labels, total=2)
+    tokens = Tokens(torch.zeros(1, 3, dtype=torch.long), torch.arange(3)[None], labels, total=2, documents=1)
     hidden = torch.tensor([[[1.0, 3.0], [99.0, 99.0], [2.0, 0.0]]])
     assert losses.activation_mse(hidden, torch.zeros_like(hidden), tokens).item() == 3.5
     assert losses.activation_mse(hidden, torch.zeros(2), tokens).item() == 3.5

@@ -7,15 +7,24 @@ import pytest
 import torch
 from conftest import SHAPE, batch, lively
 
-from undo.methods import GradDiff, MaxEnt, UnlearningMethod
+from undo.config import ConfigError
+from undo.losses import mmd
+from undo.methods import UAM, GradDiff, MaxEnt, RepNoise, UnlearningMethod
 from undo.methods.method import Method
+from undo.methods.npo import NPO, SimNPO
 from undo.methods.rmu import RMU
+from undo.methods.undial import UNDIAL
 from undo.models import freeze, hidden_states
 from undo.tokens import IGNORE, Tokens, collate
 
 NEEDED = {"rmu": {"layer": 1, "trained_layers": (0, 1), "c": 2.0, "alpha": 3.0}}  # keys without a default
 KINDS: list[type[Method]] = list(get_args(get_args(UnlearningMethod)[0]))
-METHODS = [kind(**NEEDED.get(kind.model_fields["name"].default, {})) for kind in KINDS]
+METHODS = [
+    *(kind(**NEEDED.get(kind.model_fields["name"].default, {})) for kind in KINDS),
+    RMU(layer=1, trained_layers=(1,), c=2.0, alpha=3.0, direction="uniform", coefficient="adaptive"),
+    UAM(loss="representation", layer=1, trained_layers=(0, 1)),
+    RepNoise(base=RMU(layer=1, trained_layers=(0, 1)), noise_weight=1.0, ascent_weight=0.5),
+]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 
 
@@ -24,6 +33,15 @@ def setting(method: Method, seed: int = 3):
     for name, weight in model.named_parameters():
         weight.requires_grad_(method.trains(name))
     return model, reference, method.objective(model, reference, torch.Generator().manual_seed(seed))
+
+
+def moved(model, method: Method) -> None:
+    """A little away from the reference: there the terms of `zero_at_first` have a gradient, too."""
+    rng = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if method.trains(name):
+                weight += 0.02 * torch.randn(weight.shape, generator=rng)
 
 
 def roles(**changes) -> dict[str, Tokens]:
@@ -57,6 +75,7 @@ def pad(tokens: Tokens, extra: int) -> Tokens:
         torch.cat([tokens.positions, torch.arange(extra).expand(rows, extra)], 1),
         torch.cat([tokens.labels, torch.full((rows, extra), IGNORE)], 1),
         tokens.total,
+        tokens.documents,
     )
 
 
@@ -76,6 +95,7 @@ def test_packing_changes_nothing(method):
 @every_method
 def test_gradient_reaches_the_declared_parameters_and_no_other(method):
     model, _, objective = setting(method)
+    moved(model, method)
     grads = gradients(model, objective(roles()))
     assert grads.keys() == {name for name, _ in model.named_parameters() if method.trains(name)}
     assert grads
@@ -115,6 +135,7 @@ def test_micro_batches_add_up_to_the_whole_batch(method, rows):
 @every_method
 def test_descent_on_the_objective_lowers_it(method):
     model, _, objective = setting(method)
+    moved(model, method)
     first = sum(objective(roles()).values())
     grads = gradients(model, objective(roles()))
     norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
@@ -123,6 +144,45 @@ def test_descent_on_the_objective_lowers_it(method):
             if name in grads:
                 weight -= 1e-3 * grads[name] / norm
     assert sum(objective(roles()).values()) < first
+
+
+@every_method
+def test_every_term_has_a_gradient_but_those_that_are_zero_at_first(method):
+    model, _, objective = setting(method)
+    for at_first in (True, False):
+        if not at_first:
+            moved(model, method)
+        for term in objective(roles()):
+            value = objective(roles())[term]
+            alone = torch.autograd.grad(value, [w for w in model.parameters() if w.requires_grad], allow_unused=True)
+            has_one = any(g is not None and g.any() for g in alone)
+            assert has_one or (at_first and term in method.zero_at_first), term
+
+
+@every_method
+def test_the_forget_terms_are_terms(method):
+    _, _, objective = setting(method)
+    assert set(method.forget_terms) <= objective(roles()).keys()
+    assert set(method.zero_at_first) <= objective(roles()).keys()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_presets_fill_in_and_what_is_given_wins(kind):
+    for name, values in kind.presets.items():
+        made = kind.model_validate({"preset": name}, strict=False)
+        assert all(getattr(made, key) == (tuple(v) if isinstance(v, list) else v) for key, v in values.items())
+    with pytest.raises(ValueError, match="there is no preset 'none'"):
+        kind.model_validate({"preset": "none"})
+
+
+def test_a_key_beside_a_preset_wins():
+    made = RMU.model_validate({"preset": "undo_paper", "c": 7.0}, strict=False)
+    assert (made.c, made.alpha, made.layer) == (7.0, 1200.0, 11)
+
+
+@pytest.mark.parametrize(("kind", "names"), [(RMU, 4), (UNDIAL, 2), (NPO, 2), (SimNPO, 2), (RepNoise, 2), (UAM, 3)])
+def test_published_values_are_presets(kind, names):
+    assert len(kind.presets) == names
 
 
 # --- each equation, written out ------------------------------------------------------------------------------------
@@ -187,3 +247,183 @@ def test_rmu_never_runs_the_head_or_the_blocks_above():
     for part in (model.lm_head, model.model.layers[1], reference.lm_head, reference.model.layers[1]):
         part.register_forward_hook(lambda *_: pytest.fail("a part that RMU does not need was run"))
     objective(roles())
+
+
+@pytest.mark.parametrize("draw", [torch.randn, torch.rand])
+def test_adaptive_rmu_scales_the_push_with_the_reference_s_activation(draw):
+    kind = "normal" if draw is torch.randn else "uniform"
+    method = RMU(layer=0, trained_layers=(0,), c=2.0, direction=kind, coefficient="adaptive")
+    model, reference, objective = setting(method, seed=11)
+    moved(model, method)
+    data = roles()
+    u = draw(SHAPE.hidden_size, generator=torch.Generator().manual_seed(11))
+    mask = data["forget"].labels != IGNORE
+    h, h0 = (hidden_states(m, data["forget"], 0)[mask].double() for m in (model, reference))
+    target = 2.0 * h0.norm(dim=-1, keepdim=True) * (u / u.norm()).double()
+    torch.testing.assert_close(objective(data)["misdirect"].double(), ((h - target) ** 2).mean(), rtol=1e-5, atol=0)
+
+
+def test_undial_teaches_the_start_model_with_its_labels_lowered():
+    method = UNDIAL(strength=5.0)
+    model, reference, objective = setting(method)
+    moved(model, method)
+    data = roles()
+    log_p, labels = log_probabilities(model, data["forget"])
+    log_q, _ = log_probabilities(reference, data["forget"])
+    lowered = log_q.clone()
+    lowered[torch.arange(len(labels)), labels] -= 5.0
+    lowered = lowered.log_softmax(-1)
+    expected = (lowered.exp() * (lowered - log_p)).sum(-1).mean()
+    terms = objective(data)
+    assert terms.keys() == {"forget"}
+    torch.testing.assert_close(terms["forget"].double(), expected, rtol=1e-5, atol=0)
+    assert "retain" in setting(UNDIAL(retain_weight=0.5))[2](data)
+
+
+def by_document(model, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log p and length of each document that has labels, in float64, one after the other."""
+    log_p, labels = log_probabilities(model, tokens)
+    losses = -log_p.gather(1, labels[:, None])[:, 0]
+    number = (tokens.positions == 0).flatten().cumsum(0)[(tokens.labels != IGNORE).flatten()]
+    sums = [losses[number == n].sum() for n in number.unique()]
+    return torch.stack(sums), torch.tensor([float((number == n).sum()) for n in number.unique()])
+
+
+def test_npo_by_document():
+    method = NPO(beta=0.3, retain_weight=2.0)
+    model, reference, objective = setting(method)
+    moved(model, method)
+    data = roles()
+    nll, _ = by_document(model, data["forget"])
+    before, _ = by_document(reference, data["forget"])
+    terms = objective(data)
+    expected = -2 / 0.3 * torch.log(torch.sigmoid(0.3 * (nll - before))).mean()
+    assert len(nll) == data["forget"].documents > 1
+    torch.testing.assert_close(terms["forget"].double(), expected, rtol=1e-5, atol=0)
+    log_p, labels = log_probabilities(model, data["retain"])
+    torch.testing.assert_close(
+        terms["retain"].double(), -2 * log_p.gather(1, labels[:, None]).mean(), rtol=1e-5, atol=0
+    )
+
+
+def test_simnpo_by_document():
+    method = SimNPO(beta=2.5, gamma=0.5)
+    model, _, objective = setting(method)
+    nll, lengths = by_document(model, roles()["forget"])
+    expected = -2 / 2.5 * torch.log(torch.sigmoid(2.5 * nll / lengths - 0.5)).mean()
+    torch.testing.assert_close(objective(roles())["forget"].double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", [NPO(beta=0.3), SimNPO(), UNDIAL(), RepNoise(noise_weight=1.0, ascent_weight=1.0)])
+def test_gradient_against_finite_differences(method):
+    """Along a random direction of all weights. Weights are float64; Gemma's softmax of attention scores stays fp32."""
+    model, reference, _ = setting(method)
+    model, reference = model.double(), reference.double()
+    moved(model, method)
+    objective = method.objective(model, reference, torch.Generator().manual_seed(3))
+    for term in objective(roles()):
+        grads = torch.autograd.grad(objective(roles())[term], list(model.parameters()), allow_unused=True)
+        rng = torch.Generator().manual_seed(5)
+        along = [torch.randn(w.shape, generator=rng, dtype=torch.float64) for w in model.parameters()]
+        expected = sum(float((g * d).sum()) for g, d in zip(grads, along, strict=True) if g is not None)
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for weight, direction in zip(model.parameters(), along, strict=True):
+                    weight += sign * 1e-4 * direction
+                values.append(float(objective(roles())[term]))
+                for weight, direction in zip(model.parameters(), along, strict=True):
+                    weight -= sign * 1e-4 * direction
+        if term != "noise":  # the width of MMD's kernels is a constant to its gradient: see test_mmd_by_hand
+            assert (values[0] - values[1]) / 2e-4 == pytest.approx(expected, rel=2e-2)
+
+
+def test_mmd_by_hand():
+    """Two points against two, distances written out."""
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [4.0]])
+    points = [0.0, 1.0, 2.0, 4.0]
+    width = sum((a - b) ** 2 for a in points for b in points) / 12 / 4
+
+    def k(a, b):
+        return sum(math.exp(-((a - b) ** 2) / (width * 2**i)) for i in range(5))
+
+    xx, yy = k(0, 0) + k(1, 1) + 2 * k(0, 1), k(2, 2) + k(4, 4) + 2 * k(2, 4)
+    xy = k(0, 2) + k(0, 4) + k(1, 2) + k(1, 4)
+    assert float(mmd(x, y)) == pytest.approx((xx + yy - 2 * xy) / 4)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(mmd(leaf, y), leaf)
+    for i, point in enumerate((0.0, 1.0)):  # the derivative of the sum above by x_i, the width being constant
+        slopes = [
+            (-1 if other >= 2 else 1)
+            * sum(
+                -2 * (point - other) / (width * 2**j) * math.exp(-((point - other) ** 2) / (width * 2**j))
+                for j in range(5)
+            )
+            for other in points
+        ]
+        assert float(gradient[i]) == pytest.approx(2 * sum(slopes) / 4, rel=1e-4)
+    same = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    assert float(mmd(same, same)) == pytest.approx(0, abs=1e-5)
+    assert float(mmd(same, same + 3)) > 1
+
+
+def test_repnoise_adds_noise_and_ascent_to_its_base():
+    method = RepNoise(noise_weight=0.7, ascent_weight=0.3)
+    model, _, objective = setting(method)
+    data = roles()
+    terms = objective(data)
+    base = setting(MaxEnt())[2](data)
+    for name, value in base.items():
+        torch.testing.assert_close(terms[name], value)
+    tokens = data["forget"]
+    output = model.model(tokens.input_ids, position_ids=tokens.positions, output_hidden_states=True, use_cache=False)
+    mask, nll = tokens.labels != IGNORE, []
+    for hidden in (*(model.model.norm(h) for h in output.hidden_states[1:-1]), output.last_hidden_state):
+        logits = hidden[mask].double() @ model.lm_head.weight.double().T
+        log_p = (30 * torch.tanh(logits / 30)).log_softmax(-1)
+        nll.append(-log_p.gather(1, tokens.labels[mask][:, None])[:, 0])
+    number = (tokens.positions == 0).flatten().cumsum(0)[mask.flatten()]
+    ascent = [torch.log1p(torch.stack([layer[number == n].mean() for layer in nll]).mean()) for n in number.unique()]
+    torch.testing.assert_close(terms["ascent"].double(), -0.3 * torch.stack(ascent).mean(), rtol=1e-4, atol=0)
+    assert float(terms["noise"].detach()) > 0
+    twice = setting(RepNoise(noise_weight=1.4, ascent_weight=0.3))[2](data)["noise"]
+    torch.testing.assert_close(twice, 2 * terms["noise"])
+
+
+def test_repnoise_leaves_no_hook_behind():
+    model, _, objective = setting(RepNoise())
+    objective(roles())
+    objective(roles())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_paired_repnoise_looks_at_differences_only():
+    _model, _, objective = setting(RepNoise(pairing="paired"))
+    data = roles()
+    half = data["forget"].input_ids.clone()
+    half[:, : half.shape[1] // 2] = (half[:, : half.shape[1] // 2] + 1) % SHAPE.vocab_size
+    retain = Tokens(
+        half, data["forget"].positions, data["forget"].labels, data["forget"].total, data["forget"].documents
+    )
+    one = objective({"forget": data["forget"], "retain": retain})
+    other = objective({"forget": data["forget"], "retain": data["retain"]})
+    assert one["noise"] != other["noise"]
+    with pytest.raises(ConfigError, match="pairs of equal length"):
+        objective({"forget": data["forget"], "retain": data["retain"].rows(0, 1)})
+
+
+def test_uam_s_losses():
+    data = roles()
+    model, _, objective = setting(UAM())
+    for role, value in objective(data).items():
+        log_p, labels = log_probabilities(model, data[role])
+        torch.testing.assert_close(value.double(), -log_p.gather(1, labels[:, None]).mean(), rtol=1e-5, atol=0)
+    method = UAM(loss="representation", layer=0, trained_layers=(0,), offset=0.5)
+    model, reference, objective = setting(method, seed=4)
+    u = torch.randn(SHAPE.hidden_size, generator=torch.Generator().manual_seed(4))
+    start = objective(data)
+    assert float(start["retain"]) == 0
+    torch.testing.assert_close(start["forget"], (0.5 * u / u.norm()).square().mean(), rtol=1e-4, atol=0)
+    moved(model, method)
+    h, h0 = (hidden_states(m, data["retain"], 0)[data["retain"].labels != IGNORE] for m in (model, reference))
+    torch.testing.assert_close(objective(data)["retain"], ((h - h0) ** 2).mean(), rtol=1e-4, atol=1e-7)

@@ -24,7 +24,7 @@ def planned(setting, tmp_path_factory):
     """stage -> its planned runs."""
     runs = tmp_path_factory.mktemp("runs")
     folder = ROOT / "configs" / setting
-    return {name: plan(stage, folder / f"{name}.yaml", {}, runs) for name, stage in run_all.STAGES.items()}
+    return {name: plan(stage, [folder / f"{name}.yaml"], {}, runs) for name, stage in run_all.STAGES.items()}
 
 
 def configs(planned, stage, variant=None):

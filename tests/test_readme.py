@@ -25,15 +25,16 @@ def test_a_new_method_is_one_file_and_one_name(tmp_path):
         )
     )
     environment = {"PYTHONPATH": str(package.parent)}
+    files = [str(ROOT / "tests" / name) for name in ("test_methods.py", "test_steps.py")]
     properties = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "0", "-k", "GradAscent", str(ROOT / "tests/test_methods.py")],
+        [sys.executable, "-m", "pytest", "-n", "0", "-k", "GradAscent", *files],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
     assert properties.returncode == 0, properties.stdout
-    assert re.search(r"\b9 passed", properties.stdout), properties.stdout
+    assert re.search(r"\b15 passed", properties.stdout), properties.stdout
 
     runs = tmp_path / "runs"
     reference = ["--only", "reference*"]

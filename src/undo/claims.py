@@ -145,9 +145,9 @@ def alpha_drives_cost_more_than_beta(results: Results) -> Iterable[Observation]:
             for run in results.of("undo")
             if run.seed == seed and run.config["retain_threshold"] == 0.05
         }
-        alphas, betas = ({point[i] for point in cost} for i in (0, 1))
-        betas = {beta for beta in betas if all((alpha, beta) in cost for alpha in alphas if (alpha, 0.1) in cost)}
-        alphas = {alpha for alpha in alphas if all((alpha, beta) in cost for beta in betas)}
+        several = {alpha: {b for a, b in cost if a == alpha} for alpha, _ in cost}
+        several = {alpha: tried for alpha, tried in several.items() if len(tried) > 1}
+        alphas, betas = several.keys(), set.intersection(*several.values()) if several else set()
         if len(alphas) > 1 and len(betas) > 1:
             over_alpha = [mean(cost[alpha, beta] for beta in betas) for alpha in alphas]
             over_beta = [mean(cost[alpha, beta] for alpha in alphas) for beta in betas]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from undo.config import ConfigError, parse_overrides, validate
 from undo.display import LiveTable, si
-from undo.experiment import Cost, Costs, PlannedRun, check, find_config, jobs, plan, select
+from undo.experiment import Cost, Costs, PlannedRun, check, find_configs, jobs, plan, select
 from undo.launch import run_jobs
 from undo.run import INTERRUPTED, Interrupted, Run
 from undo.stage import Stage
@@ -27,9 +27,9 @@ def main(stage: Stage) -> None:
     arguments = parser(f"The {stage.name} stage: one run for each point of configs/<setting>/{stage.name}.yaml.")
 
     def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
-        source = find_config(args.config, stage.name)
-        runs = plan(stage, source, parse_overrides(args.overrides), args.runs)
-        return select(runs, args.only), source.parent
+        sources = find_configs(args.config, stage.name)
+        runs = plan(stage, sources, parse_overrides(args.overrides), args.runs)
+        return select(runs, args.only), sources[0].parent
 
     sys.exit(guarded(lambda: launch(arguments.parse_intermixed_args(), planned)))
 

@@ -33,30 +33,43 @@ class PlannedRun:
         return self.directory.name
 
 
-def find_config(argument: str, stage: str) -> Path:
-    """`demo` -> configs/demo/<stage>.yaml, here or in the checkout; a path to a YAML file stays as it is."""
+def find_configs(argument: str, stage: str) -> list[Path]:
+    """The YAML files of a stage: `demo` -> configs/demo/<stage>.yaml, here or in the checkout, and <stage>_*.yaml
+    beside it, experiments of their own. A path to a YAML file stays as it is."""
     path = Path(argument)
     if path.suffix in (".yaml", ".yml"):
-        return path
-    candidates = [folder / argument / f"{stage}.yaml" for folder in CONFIGS]
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
+        return [path]
+    folders = [path] if path.is_dir() else [folder / argument for folder in CONFIGS]
+    for folder in folders:
+        if (folder / f"{stage}.yaml").exists():
+            return sources(folder, stage)
     settings = sorted({p.name for folder in CONFIGS for p in folder.glob("*") if (p / f"{stage}.yaml").exists()})
     raise ConfigError(
-        f"there is no {candidates[0]}; settings with a {stage} stage: {', '.join(settings) or 'none'}\n"
+        f"there is no {folders[0] / f'{stage}.yaml'}; settings with a {stage} stage: {', '.join(settings) or 'none'}\n"
         f"or give the path of a .yaml file"
     )
 
 
-def plan(stage: Stage, source: Path, overrides: Mapping[str, Any], runs: Path) -> list[PlannedRun]:
-    """All runs of one experiment. Its setting is the name of the folder that the YAML lies in."""
-    setting = source.resolve().parent.name
-    planned = []
-    for raw in expand(read_yaml(source), overrides, str(source)):
-        config = validate(stage.schema, raw, str(source))
-        planned.append(PlannedRun(stage, config, RunDirectory(runs, setting, f"{stage.name}/{config.name}")))
-    return planned
+def sources(folder: Path, stage: str) -> list[Path]:
+    """A stage's YAML files in a setting's folder, the main one first."""
+    return [*folder.glob(f"{stage}.yaml"), *sorted(folder.glob(f"{stage}_*.yaml"))]
+
+
+def plan(stage: Stage, sources: Sequence[Path], overrides: Mapping[str, Any], runs: Path) -> list[PlannedRun]:
+    """All runs of a stage's experiments. Their setting is the name of the folder that the YAML files lie in.
+
+    A variant of the user's own takes the place of all there are, so it has the first file's other values.
+    """
+    planned: dict[str, PlannedRun] = {}
+    for source in sources[:1] if "variant" in overrides else sources:
+        setting = source.resolve().parent.name
+        for raw in expand(read_yaml(source), overrides, str(source)):
+            config = validate(stage.schema, raw, str(source))
+            run = PlannedRun(stage, config, RunDirectory(runs, setting, f"{stage.name}/{config.name}"))
+            if run.name in planned:
+                raise ConfigError(f"{source}: {run.name} is a run of {sources[0]} already; give one another name")
+            planned[run.name] = run
+    return list(planned.values())
 
 
 def setting_folder(setting: str) -> Path | None:
@@ -68,8 +81,7 @@ def written(folder: Path) -> dict[str, Raw]:
     """All runs of a setting's own YAML files by name, unvalidated."""
     found: dict[str, Raw] = {}
     for stage in STAGES:
-        path = folder / f"{stage}.yaml"
-        if path.exists():
+        for path in sources(folder, stage):
             found |= {f"{stage}/{raw['name']}": raw for raw in expand(read_yaml(path), {}, str(path))}
     return found
 

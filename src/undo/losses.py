@@ -7,7 +7,8 @@ inputs). Without gradients the same functions only evaluate.
 """
 
 import math
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -38,6 +39,51 @@ def forward_kl(student: Gemma2ForCausalLM, teacher: Gemma2ForCausalLM, tokens: T
     return linear_loss(tokens.at_labels(hidden_states(student, tokens)), head(student), target) / tokens.total
 
 
+def undial_kl(student: Gemma2ForCausalLM, teacher: Gemma2ForCausalLM, tokens: Tokens, strength: float) -> Tensor:
+    """Mean of KL(q || student), q = softmax(teacher's logits - strength x onehot(label)), over the labels. Scalar."""
+    with torch.no_grad():
+        target = LoweredKL(
+            tokens.at_labels(hidden_states(teacher, tokens)), head(teacher), tokens.at_labels(tokens.labels), strength
+        )
+    return linear_loss(tokens.at_labels(hidden_states(student, tokens)), head(student), target) / tokens.total
+
+
+def document_losses(model: Gemma2ForCausalLM, tokens: Tokens) -> Tensor:
+    """-log p of each document that has labels, in order, without a gradient. [documents]"""
+    with torch.no_grad():
+        hidden = tokens.at_labels(hidden_states(model, tokens))
+        return _add_up(linear_losses(hidden, head(model), CrossEntropy(tokens.at_labels(tokens.labels))), tokens)[0]
+
+
+def of_documents(
+    hidden: Sequence[Tensor], head: Head, tokens: Tokens, outer: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Sum over documents of outer(-log p(document) as read from each of `hidden`, its number of labels). Scalar.
+
+    hidden: each [rows, length, width]; outer: [len(hidden), documents] and [documents] -> [documents], any smooth
+    function. So the gradient of a token's loss depends on its whole document: the losses are evaluated once for their
+    values, and once more weighted with the derivative of `outer`.
+    """
+    target = CrossEntropy(tokens.at_labels(tokens.labels))
+    read = [tokens.at_labels(h) for h in hidden]
+    sums, document = zip(*(_add_up(linear_losses(h, head, target), tokens) for h in read), strict=True)
+    lengths = document[0].bincount(minlength=len(sums[0])).to(sums[0].dtype)
+    with torch.enable_grad():
+        value = outer(nll := torch.stack(sums).requires_grad_(), lengths).sum()
+        (weights,) = torch.autograd.grad(value, nll)
+    if not torch.is_grad_enabled():
+        return value.detach()
+    parts = [linear_loss(h, head, target, w[document[0]]) for h, w in zip(read, weights, strict=True)]
+    weighted = torch.stack(parts).sum()
+    return weighted + (value - weighted).detach()  # the gradient of the first, the value of the second
+
+
+def _add_up(losses: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Losses of the labels, summed by document: [documents], and which of them each label belongs to."""
+    kinds, document = tokens.at_labels(tokens.document).unique(return_inverse=True)
+    return losses.new_zeros(len(kinds)).index_add_(0, document, losses), document
+
+
 def most_likely(hidden: Tensor, head: Head) -> Tensor:
     """The arg-max of each token's logits; the softcap is monotone and does not matter. -> int64 [tokens]."""
     kind, size = hidden.device.type, grid(head.weight, len(hidden))
@@ -60,6 +106,40 @@ def activation_mse(hidden: Tensor, target: Tensor, tokens: Tokens) -> Tensor:
     """
     target = tokens.at_labels(target) if target.ndim == hidden.ndim else target
     return (tokens.at_labels(hidden).float() - target.float()).square().mean(-1).sum() / tokens.total
+
+
+def noise_distance(activations: Sequence[Tensor], tokens: Tokens, sample: int, seed: int) -> Tensor:
+    """Sum over documents of the mean over `activations` of MMD^2(their tokens, Gaussian noise). Scalar.
+
+    activations: each [rows, length, width]. A document gives its labelled positions, at most `sample` of them. Which
+    ones, and the noise, depend on `seed` and on the document's tokens alone: a second pass over the batch, or another
+    packing of it, says the same.
+    """
+    _, sizes = tokens.at_labels(tokens.document).unique_consecutive(return_counts=True)
+    ids = tokens.at_labels(tokens.input_ids).cpu().split(counts := sizes.tolist())
+    documents = zip(*(tokens.at_labels(a).float().split(counts) for a in activations), strict=True)
+    total = activations[0].new_zeros((), dtype=torch.float32)
+    for own, layers in zip(ids, documents, strict=True):
+        rng = torch.Generator().manual_seed((seed + zlib.crc32(own.numpy().tobytes())) % 2**63)
+        chosen = torch.randperm(len(own), generator=rng)[:sample]
+        for layer in layers:
+            noise = torch.randn(len(chosen), layer.shape[1], generator=rng)
+            total = total + mmd(layer[chosen.to(layer.device)], noise.to(layer)) / len(layers)
+    return total
+
+
+def mmd(x: Tensor, y: Tensor, kernels: int = 5, factor: float = 2.0) -> Tensor:
+    """Squared maximum mean discrepancy, a sum of RBF kernels around the mean squared distance. x, y: [n, width].
+
+    As in RepNoise (Rosati et al. 2024); the kernels' width is a constant to the gradient.
+    """
+    points = torch.cat([x, y])
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").square()
+    n = len(points)
+    width = distances.detach().sum() / (n * n - n) / factor ** (kernels // 2)
+    similarity = torch.stack([(-distances / (width * factor**i)).exp() for i in range(kernels)]).sum(0)
+    sign = torch.cat([torch.ones(len(x)), -torch.ones(len(y))]).to(points)
+    return sign @ similarity @ sign / len(x) ** 2
 
 
 # --- from hidden states to a sum over tokens, tile by tile ---------------------------------------------------------
@@ -150,18 +230,51 @@ class Form(NamedTuple):
     capped: bool
 
 
-Target = CrossEntropy | UniformKL | ForwardKL
+@dataclass(frozen=True)
+class LoweredKL(ForwardKL):
+    """KL(q' || p), q' the teacher's distribution after its logit of the label was lowered by `strength`."""
+
+    labels: Tensor  # [tokens]
+    strength: float
+
+    def lower(self, q: Logits, chunk: slice) -> None:
+        """Change the teacher's logits of a chunk, and their log-sum-exp, in place."""
+        labels = self.labels[chunk, None]
+        logit = torch.zeros_like(q.log_z)
+        start = 0
+        for tile in q.tiles:
+            here = ((labels >= start) & (labels < start + tile.shape[1])).to(tile.dtype)
+            column = (labels - start).clamp(0, tile.shape[1] - 1)
+            logit += here * q.scale * tile.gather(1, column)
+            tile.scatter_add_(1, column, -here * (self.strength / q.scale))
+            start += tile.shape[1]
+        q.log_z = q.log_z + torch.log1p((logit - q.log_z).exp() * math.expm1(-self.strength))
+
+
+Target = CrossEntropy | UniformKL | ForwardKL | LoweredKL
 Pull = tuple[Tensor, Tensor | None]  # a tile's share of each token's loss, and the gradient by its products
 
 
-def linear_loss(hidden: Tensor, head: Head, target: Target) -> Tensor:
-    """Sum of the target's loss over tokens. hidden: [tokens, width]. Scalar; 0 for no tokens."""
+def linear_loss(hidden: Tensor, head: Head, target: Target, weights: Tensor | None = None) -> Tensor:
+    """Sum of the target's loss over tokens, times `weights` [tokens] where given. hidden: [tokens, width].
+
+    Scalar; 0 for no tokens.
+    """
     kind = hidden.device.type  # autocast is asked here once, and from here on every precision is explicit
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     with torch.autocast(kind, enabled=False):
         if not torch.is_grad_enabled():
-            return _sum_of_tiles(hidden, head, target, precision, None, None)
-        return _LinearLoss.apply(hidden, head.weight, head.softcap, target, precision)  # pyright: ignore[reportReturnType]
+            return _sum_of_tiles(hidden, head, target, precision, weights).sum()
+        return _LinearLoss.apply(hidden, head.weight, head.softcap, target, precision, weights)  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def linear_losses(hidden: Tensor, head: Head, target: Target) -> Tensor:
+    """The target's loss of each token, [tokens], without a gradient."""
+    kind = hidden.device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    with torch.autocast(kind, enabled=False):
+        return _sum_of_tiles(hidden, head, target, precision, None)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -169,14 +282,20 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, softcap: float | None, target: Target, precision: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        softcap: float | None,
+        target: Target,
+        precision: torch.dtype,
+        weights: Tensor | None,
     ) -> Tensor:
         with_hidden, with_weight, *_ = ctx.needs_input_grad
         exact = torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden, dtype=exact) if with_hidden else None
         grad_weight = torch.empty_like(weight, dtype=exact) if with_weight else None
         ctx.gradients = grad_hidden, grad_weight
-        return _sum_of_tiles(hidden, Head(weight, softcap), target, precision, grad_hidden, grad_weight)
+        return _sum_of_tiles(hidden, Head(weight, softcap), target, precision, weights, grad_hidden, grad_weight).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -184,7 +303,7 @@ class _LinearLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradient of a linear loss is scaled in place: it can be taken once only")
-        return *(None if g is None else g.mul_(grad_output) for g in gradients), None, None, None
+        return *(None if g is None else g.mul_(grad_output) for g in gradients), None, None, None, None
 
 
 def _sum_of_tiles(
@@ -192,16 +311,17 @@ def _sum_of_tiles(
     head: Head,
     target: Target,
     precision: torch.dtype,
-    grad_hidden: Tensor | None,
-    grad_weight: Tensor | None,
+    weights: Tensor | None,
+    grad_hidden: Tensor | None = None,
+    grad_weight: Tensor | None = None,
 ) -> Tensor:
-    """The loss. Its gradients overwrite the two tensors, where they are given."""
+    """Each token's loss, summed over its tiles: [tokens]. Its gradients overwrite the two tensors, where given."""
     size = grid(head.weight, len(hidden))
     form = Form(None if grad_hidden is grad_weight is None else precision, head.softcap is not None)
     student, teacher = Logits(head, size, precision), None
     if target.teacher is not None:
         teacher = Logits(target.teacher[1], size, precision)
-    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     if len(hidden) == 0 and grad_weight is not None:
         grad_weight.zero_()
     for first in range(0, len(hidden), size.rows):
@@ -209,16 +329,20 @@ def _sum_of_tiles(
         student.read(hidden[chunk])
         if teacher is not None and target.teacher is not None:
             teacher.read(target.teacher[0][chunk])
+            if isinstance(target, LoweredKL):
+                target.lower(teacher, chunk)
         inputs = hidden[chunk].to(precision)
         for i, weight in enumerate(student.weights):
             start = i * size.columns
             loss, grad = target.pull(student, teacher, chunk, start, i, form)
-            total += loss.sum()
+            losses[chunk] += loss.flatten()
+            if grad is not None and weights is not None:
+                grad *= weights[chunk, None]
             if grad is not None and grad_hidden is not None:
                 _add_product(grad_hidden[chunk], grad, weight, anew=i == 0)
             if grad is not None and grad_weight is not None:
                 _add_product(grad_weight[start : start + len(weight)], grad.T, inputs, anew=first == 0)
-    return total
+    return losses if weights is None else losses * weights
 
 
 # --- products in `precision` with fp32 results ---------------------------------------------------------------------

@@ -52,6 +52,22 @@ def hidden_states(model: Gemma2ForCausalLM, tokens: Tokens, layer: int | None = 
     return hidden
 
 
+def recorded(model: Gemma2ForCausalLM, tokens: Tokens) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of every block, and of every block's MLP: each [rows, length, hidden]."""
+    blocks: list[Tensor] = []
+    mlps: list[Tensor] = []
+    hooks = []
+    try:
+        for block in model.model.layers:
+            for module, outputs in ((block, blocks), (cast(nn.Module, block.mlp), mlps)):
+                hooks.append(module.register_forward_hook(lambda _, __, output, to=outputs: to.append(output)))
+        hidden_states(model, tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return blocks, mlps
+
+
 class Blocks(NamedTuple):
     """The mask of blocked attention: for each block of queries, its first query, its first key, and which it sees."""
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Gemma2ForCausalLM
 
-    from undo.train import Objective, Stop
+    from undo.train import Objective, Step, Stop
 
 Concern = Literal["init", "order", "noise", "objective"]
 
@@ -77,6 +77,7 @@ def fit(
     objective: "Objective",
     *,
     starts_as: RunName | None = None,
+    step: "Step | None" = None,
     rng: "torch.Generator | None" = None,
     stop: "Stop | None" = None,
 ) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def fit(
 
     `starts_as` names the run whose very model this is: its evaluation is made once for all runs that start from it.
     """
-    from undo.train import train
+    from undo.train import plain, train
 
     data = run.sibling(cfg.data)
     used = {role for mixture in cfg.streams().values() for role, share in mixture.items() if share > 0}
@@ -114,6 +115,7 @@ def fit(
         training,
         run,
         evaluate,
+        step=step or plain,
         rng=rng,
         stop=stop or (lambda _: False),
     )

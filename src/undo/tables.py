@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any, Final
 
 from undo.config import Raw, as_raw, expand, read_yaml, validate
-from undo.experiment import STAGES, Costs, plan
+from undo.experiment import STAGES, Costs, plan, sources
 from undo.paper import CHOSEN, COMPUTE_AT_ALPHA_08, SHARE_AT_ALPHA_06, UNLEARNING, Sweep
 from undo.prepare_models import ReducedGemma2
 from undo.results import Result, Results
@@ -35,7 +35,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def hyperparameters(folder: Path, stages: Mapping[str, Stage]) -> str:
     """Two tables a stage: the keys that all variants share, and the others. A key that is swept lists its values."""
     present = [stage for name in STAGES if (stage := stages[name]) and (folder / f"{name}.yaml").exists()]
-    planned = {run.name: run for s in present for run in plan(s, folder / f"{s.name}.yaml", {}, Path("runs"))}
+    planned = {run.name: run for s in present for run in plan(s, sources(folder, s.name), {}, Path("runs"))}
     costs = Costs(list(planned.values()), folder)
     parts = [
         f"# The hyper-parameters of configs/{folder.name}\n\nMade by `uv run run_all.py {folder.name} --tables`.\n"
@@ -43,7 +43,7 @@ def hyperparameters(folder: Path, stages: Mapping[str, Stage]) -> str:
     for stage in present:
         columns: dict[str, list[Raw]] = {}
         amount = 0
-        for variant, raws in _variants(folder / f"{stage.name}.yaml"):
+        for variant, raws in (found for source in sources(folder, stage.name) for found in _variants(source)):
             configs = [validate(stage.schema, raw, stage.name) for raw in raws]
             columns[variant] = [_leaves(as_raw(config)) for config in configs]
             for leaves, config in zip(columns[variant], configs, strict=True):

@@ -34,14 +34,16 @@ class Tokens:
     """A batch of packed rows. `labels[b, t]` is the token that follows `input_ids[b, t]` in its document, or IGNORE.
 
     input_ids, positions, labels: int64 [rows, length]. A position of 0 starts a document: attention does not reach
-    across it. `total` is the number of labels in the *whole* batch of the step, over all micro-batches and devices:
-    losses are sums divided by it, so that micro-batch gradients add up to the gradient of the whole batch.
+    across it. `total` is the number of labels, and `documents` that of documents with labels, in the *whole* batch of
+    the step, over all micro-batches and devices: losses are sums divided by one of them, so that micro-batch gradients
+    add up to the gradient of the whole batch.
     """
 
     input_ids: "torch.Tensor"
     positions: "torch.Tensor"
     labels: "torch.Tensor"
     total: int
+    documents: int
 
     def rows(self, start: int, stop: int | None = None, step: int = 1) -> Self:
         part = slice(start, stop, step)
@@ -56,6 +58,11 @@ class Tokens:
     def _labelled(self) -> "torch.Tensor":
         """Where the labels are in the flattened rows, [labels]."""
         return (self.labels.flatten() != IGNORE).nonzero()[:, 0]
+
+    @property
+    def document(self) -> "torch.Tensor":
+        """The number of the document that each position belongs to, counted over all rows: [rows, length]."""
+        return (self.positions == 0).flatten().cumsum(0).reshape(self.positions.shape)
 
     def at_labels(self, values: "torch.Tensor") -> "torch.Tensor":
         """The labelled positions of [rows, length, ...] -> [labels, ...]."""
@@ -92,8 +99,8 @@ def collate(rows: Iterable[list[np.ndarray]], length: int | None = None) -> Toke
             positions[i, start:end] = np.arange(len(piece))
             labels[i, start : end - 1] = piece[1:]
         positions[i, end:] = np.arange(width - end)  # padding is a document of its own
-    total = int((labels != IGNORE).sum())
-    return Tokens(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels), total)
+    total, documents = int((labels != IGNORE).sum()), sum(len(piece) > 1 for row in rows for piece in row)
+    return Tokens(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels), total, documents)
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:

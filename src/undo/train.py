@@ -6,8 +6,9 @@ the whole batch. Evaluation stands at the top of the step, so initial, periodic 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Protocol
 
 import torch
 from accelerate import PartialState
@@ -19,6 +20,8 @@ from undo.run import Diverged, Interrupted, Run
 from undo.tokens import Batch, MixedStream
 
 Objective = Callable[[Batch], dict[str, Tensor]]  # named, already weighted terms; the loss is their sum
+Terms = dict[str, Tensor]  # their values, of a whole batch
+Gradients = Sequence[Tensor | None]  # one for each trained weight, None where the terms do not depend on it
 Evaluate = Callable[[int, bool], Measured]  # of a step, and whether on the whole validation set
 Stop = Callable[[Mapping[str, float]], bool]
 
@@ -31,6 +34,30 @@ class Outcome:
     tokens: int
     evaluation_tokens: int
     evaluation: dict[str, float]
+
+
+class Gradient(Protocol):
+    """The gradient of the sum of the named terms (None: all) on the step's whole batch, at the weights as they are.
+
+    Exact over micro-batches and devices; may be asked any number of times in a step. `progress` is how much of the
+    training is done, from 0 to 1; `weights` are those that are trained.
+    """
+
+    @property
+    def weights(self) -> Sequence[nn.Parameter]: ...
+
+    @property
+    def progress(self) -> float: ...
+
+    def __call__(self, names: Collection[str] | None = None) -> tuple[Terms, Gradients]: ...
+
+
+Step = Callable[[Gradient], tuple[Terms, Gradients]]  # what the optimiser takes as the gradient, and what is recorded
+
+
+def plain(gradient: Gradient) -> tuple[Terms, Gradients]:
+    """The gradient of the loss."""
+    return gradient()
 
 
 def this_process() -> PartialState:
@@ -56,12 +83,13 @@ def train(
     run: Run,
     evaluate: Evaluate,
     *,
+    step: Step = plain,
     rng: torch.Generator | None = None,
     stop: Stop = lambda _: False,
 ) -> Outcome:
     """Train `model` in place, from the run's checkpoint if it has one. `stop` sees every evaluation but the first.
 
-    Only weights that require a gradient are trained. `rng` is whatever the objective draws from; its state is part
+    Only weights that require a gradient are trained. `rng` is whatever objective and step draw from; its state is part
     of the checkpoint. Raises Diverged at the first loss or gradient that is not finite, Interrupted once the run has
     been asked to stop and a checkpoint is written, ConfigError for a batch that cannot be split over the devices.
     """
@@ -92,8 +120,12 @@ def train(
                     raise Interrupted
 
             batch = {name: stream.batch(done.step) for name, stream in streams.items()}
-            terms = _backward(objective, batch, execution.micro_rows, devices, autocast)
-            _add_up_over_devices([*terms.values(), *(w.grad for w in weights if w.grad is not None)], devices)
+            gradient = BatchGradient(
+                objective, batch, weights, done.step / cfg.steps, execution.micro_rows, devices, autocast
+            )
+            terms, gradients = step(gradient)
+            for weight, total in zip(weights, gradients, strict=True):
+                weight.grad = total
             norm = nn.utils.clip_grad_norm_(weights, math.inf if cfg.clip_norm is None else cfg.clip_norm)
             *values, norm = torch.stack([*terms.values(), norm]).tolist()  # the step's only synchronisation
             if not math.isfinite(sum(values) + norm):
@@ -126,19 +158,34 @@ def _evaluate(evaluate: Evaluate, cfg: Training, done: "_Progress", autocast: to
             full = True
 
 
-def _backward(
-    objective: Objective, batch: Batch, micro_rows: int | None, devices: PartialState, autocast: torch.autocast
-) -> dict[str, Tensor]:
-    """Leave this device's part of the batch's gradient in `.grad` -> its part of each term's value."""
-    mine = [tokens.rows(devices.process_index, step=devices.num_processes) for tokens in batch.values()]
-    terms: dict[str, Tensor] = {}
-    for parts in zip(*(tokens.micro_batches(micro_rows) for tokens in mine), strict=True):
-        with autocast:
-            part = objective({name: tokens.to(devices.device) for name, tokens in zip(batch, parts, strict=True)})
-        torch.stack(list(part.values())).sum().backward()
-        for name, value in part.items():
-            terms[name] = terms.get(name, 0) + value.detach()
-    return terms
+@dataclass(frozen=True)
+class BatchGradient:
+    """Gradient, by backward passes over the micro-batches of this process's part of the batch."""
+
+    objective: Objective
+    batch: Batch
+    weights: Sequence[nn.Parameter]
+    progress: float
+    micro_rows: int | None
+    devices: PartialState
+    autocast: torch.autocast
+
+    def __call__(self, names: Collection[str] | None = None) -> tuple[Terms, Gradients]:
+        terms: Terms = {}
+        mine = [t.rows(self.devices.process_index, step=self.devices.num_processes) for t in self.batch.values()]
+        for parts in zip(*(tokens.micro_batches(self.micro_rows) for tokens in mine), strict=True):
+            with self.autocast:
+                part = self.objective({n: t.to(self.devices.device) for n, t in zip(self.batch, parts, strict=True)})
+            wanted = [value for name, value in part.items() if names is None or name in names]
+            if wanted:
+                torch.stack(wanted).sum().backward()
+            for name, value in part.items():
+                terms[name] = terms.get(name, 0) + value.detach()
+        gradients: Gradients = [weight.grad for weight in self.weights]
+        for weight in self.weights:
+            weight.grad = None
+        _add_up_over_devices([*terms.values(), *(g for g in gradients if g is not None)], self.devices)
+        return terms, gradients
 
 
 def _add_up_over_devices(parts: Iterable[Tensor], devices: PartialState) -> None:

@@ -26,7 +26,7 @@ def average_relearning_curves(results: Results) -> "Figure | Missing":
 def _panels(results: Results, bold: Summary) -> "Figure | Missing":
     """One panel for each distilled student, with its unlearned teacher and the oracle beside it.
 
-    With several seeds, the first one is drawn.
+    With several seeds, the first one is drawn. A cross entropy axis ends above where the oracle starts.
     """
     from undo.figures.style import panels
 
@@ -44,6 +44,11 @@ def _panels(results: Results, bold: Summary) -> "Figure | Missing":
         axis.set_title(METHODS.get(method_of(student) or "", "unlearned"), fontsize=9)
         axis.set_xlabel("relearning steps", fontsize=8)
     axes[0].set_ylabel(f"forget {students[0].model.unit}", fontsize=8)
+    if not students[0].model.higher_is_better:  # unlearned models start at any cross entropy: what follows matters
+        drawn = [a for s in students for a in (results.teacher_of(s), s, results.oracle_of(s)) if a is not None]
+        under_attack = [value for a in drawn for step, value in a.worst_case.items() if step > 0]
+        low, high = min(under_attack), max(*under_attack, *(a.worst_case[0] for a in drawn if a.label == "oracle"))
+        axes[0].set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
     legend(figure, axes)
     return figure
 

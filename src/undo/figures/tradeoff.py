@@ -27,7 +27,7 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
     if not groups:
         return Missing("an attacked model", "relearn/*")
     chosen = results.attack_steps
-    figure, axes = panels(len(chosen))
+    figure, axes = panels(len(chosen), sharey=False)
     for axis, step in zip(axes, chosen, strict=True):
         points = {}
         for label, members in groups.items():
@@ -40,7 +40,7 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
                 y,
                 xerr=[[x - min(xs)], [max(xs) - x]],
                 yerr=[[y - min(ys)], [max(ys) - y]],
-                fmt="*" if label in ("reference", "oracle") else "o",
+                fmt=_marker(members[0]),
                 color=color,
                 capsize=2,
                 elinewidth=0.7,
@@ -55,3 +55,12 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
     axes[0].set_ylabel(f"forget {results.attacked[0].model.unit}", fontsize=8)
     figure.legend(fontsize=8, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _marker(attacked: Attacked) -> str:
+    """A star for models that nothing was unlearned in, a square for distilled ones, a triangle for other thresholds."""
+    if attacked.label in ("reference", "oracle"):
+        return "*"
+    if "_within_" in attacked.label:
+        return "^"
+    return "s" if attacked.label.startswith("distilled") else "o"

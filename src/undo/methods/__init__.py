@@ -6,6 +6,13 @@ from pydantic import Field
 
 from undo.methods.graddiff import GradDiff
 from undo.methods.maxent import MaxEnt
+from undo.methods.npo import NPO, SimNPO
+from undo.methods.repnoise import RepNoise
 from undo.methods.rmu import RMU
+from undo.methods.sam import SAM, Smoothing
+from undo.methods.uam import UAM
+from undo.methods.undial import UNDIAL
 
-UnlearningMethod = Annotated[GradDiff | MaxEnt | RMU, Field(discriminator="name")]
+UnlearningMethod = Annotated[
+    GradDiff | MaxEnt | RMU | UNDIAL | NPO | SimNPO | SAM | Smoothing | RepNoise | UAM, Field(discriminator="name")
+]

@@ -8,6 +8,10 @@ class MaxEnt(Method):
 
     name: Literal["maxent"] = "maxent"
 
+    @property
+    def forget_terms(self) -> tuple[str, ...]:
+        return ("uniform",)
+
     def objective(self, model, reference, rng):
         from undo.losses import cross_entropy, uniform_kl
 

@@ -1,6 +1,9 @@
 """What every unlearning method has."""
 
-from typing import TYPE_CHECKING, ClassVar
+import re
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+from pydantic import Field, model_validator
 
 from undo.config import Frozen
 from undo.prepare_models import ReducedGemma2
@@ -9,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Gemma2ForCausalLM
 
-    from undo.train import Objective
+    from undo.train import Gradient, Gradients, Objective, Terms
 
 
 class Method(Frozen):
@@ -18,16 +21,48 @@ class Method(Frozen):
     A config is read without torch, so a method imports `undo.losses` where it uses it, inside `objective`.
     """
 
-    needs_reference: ClassVar[bool] = False  # whether `objective` reads the frozen model it started from
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # name -> values of keys; keys that are given beside it win
+
+    preset: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_preset(cls, values: Any) -> Any:
+        name = values.get("preset") if isinstance(values, dict) else None
+        if name is None:
+            return values
+        if name not in cls.presets:
+            raise ValueError(f"there is no preset {name!r}; presets of this method: {', '.join(cls.presets) or 'none'}")
+        return cls.presets[name] | values
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `objective` reads the frozen model it started from."""
+        return False
+
+    @property
+    def forget_terms(self) -> tuple[str, ...]:
+        """The terms of `objective` that make the model forget."""
+        return ("forget",)
+
+    @property
+    def zero_at_first(self) -> tuple[str, ...]:
+        """The terms whose gradient is zero as long as the model is its reference."""
+        return ()
 
     def objective(
         self, model: "Gemma2ForCausalLM", reference: "Gemma2ForCausalLM | None", rng: "torch.Generator"
     ) -> "Objective":
         """A function from a batch with the roles `retain` and `forget` to named, weighted loss terms.
 
-        `reference` is frozen, and None unless `needs_reference`. Whatever is random is drawn from `rng`.
+        `reference` is frozen, and None unless `needs_reference`. Whatever is random is drawn from `rng`, before the
+        function is returned: it may be called more than once a step, and must then say the same.
         """
         raise TypeError(f"{type(self).__name__} has no objective")
+
+    def step(self, gradient: "Gradient", rng: "torch.Generator") -> "tuple[Terms, Gradients]":
+        """What the optimiser takes as the gradient. The default: the gradient of the sum of all terms."""
+        return gradient()
 
     def trains(self, parameter: str) -> bool:
         """Whether the parameter of this name is trained."""
@@ -36,3 +71,34 @@ class Method(Frozen):
     def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
         """Of one step. The default: forward and backward through the whole model (3 forward passes)."""
         return 3 * model.forward_flops(length)
+
+
+class OnBlocks(Method):
+    """Base of methods on the output of block `layer` that train mlp.down_proj of the blocks `trained_layers` alone.
+
+    Blocks are counted from 0, and `layer` is the block whose *output* is used. In the terms of transformers that is
+    hidden_states[layer + 1], so the authors' `end_layer` is layer + 1 and a hook on block `layer` is `layer`.
+    """
+
+    layer: int
+    trained_layers: Annotated[tuple[int, ...], Field(strict=False)]  # a list will do
+
+    @model_validator(mode="after")
+    def _trained_layers_get_a_gradient(self) -> Self:
+        if min(self.layer, *self.trained_layers, 0) < 0:
+            raise ValueError("blocks are counted from 0")
+        if not self.trained_layers or max(self.trained_layers) > self.layer:
+            raise ValueError(f"trained_layers must name blocks up to layer {self.layer}: above it there is no gradient")
+        return self
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    def trains(self, parameter: str) -> bool:
+        match = re.search(r"\blayers\.(\d+)\.mlp\.down_proj\.", parameter)
+        return match is not None and int(match[1]) in self.trained_layers
+
+    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+        used = model.model_copy(update={"layers": self.layer + 1, "vocab_size": 0})  # nothing above, and no head
+        return round(3.5 * used.forward_flops(length))  # forward and backward, and the reference on half the tokens

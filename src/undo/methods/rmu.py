@@ -1,33 +1,45 @@
-import re
-from typing import Annotated, ClassVar, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import ClassVar, Literal
 
 from undo.config import NonNegative, Positive
-from undo.methods.method import Method
-from undo.prepare_models import ReducedGemma2
+from undo.methods.method import OnBlocks
 
 
-class RMU(Method):
+class RMU(OnBlocks):
     """L_misdirect + alpha L_preserve, squared errors of activations. Section 4, Method C; Table 5.
 
     On forget tokens the output of block `layer` is pushed to c u, u a random unit vector; on retain tokens it is held
     to the reference model's. Only mlp.down_proj of the blocks `trained_layers` is trained.
+    `direction`: u from a normal distribution (authors of UNDO), or from U[0, 1), which is nearly the all-ones vector
+    (Li et al.'s code). `coefficient: adaptive`: c is multiplied by the norm of the reference's activation at that token
+    (Adaptive RMU; its code takes one mean norm from the first batch, padding included).
     """
 
     name: Literal["rmu"] = "rmu"
-    needs_reference: ClassVar[bool] = True
+    presets: ClassVar = {
+        "official": {"layer": 7, "trained_layers": [5, 6, 7], "c": 20.0, "alpha": 100.0, "direction": "uniform"},
+        "published_zephyr": {
+            "layer": 7,
+            "trained_layers": [5, 6, 7],
+            "c": 6.5,
+            "alpha": 1200.0,
+            "direction": "uniform",
+        },
+        "undo_paper": {"layer": 11, "trained_layers": [5, 6, 7, 8, 9, 10, 11], "c": 6.5, "alpha": 1200.0},
+        "undo_paper_arithmetic": {"layer": 11, "trained_layers": [5, 6, 7, 8, 9, 10, 11], "c": 6.0, "alpha": 200.0},
+    }
 
-    layer: Annotated[int, Field(ge=0)]  # 0-based: the output of this block
-    trained_layers: tuple[Annotated[int, Field(ge=0)], ...]
     c: Positive = 6.5
     alpha: NonNegative = 1200.0
+    direction: Literal["normal", "uniform"] = "normal"
+    coefficient: Literal["fixed", "adaptive"] = "fixed"
 
-    @model_validator(mode="after")
-    def _trained_layers_get_a_gradient(self) -> Self:
-        if not self.trained_layers or max(self.trained_layers) > self.layer:
-            raise ValueError(f"trained_layers must name blocks up to layer {self.layer}: above it there is no gradient")
-        return self
+    @property
+    def forget_terms(self) -> tuple[str, ...]:
+        return ("misdirect",)
+
+    @property
+    def zero_at_first(self) -> tuple[str, ...]:
+        return ("preserve",)
 
     def objective(self, model, reference, rng):
         import torch
@@ -36,12 +48,16 @@ class RMU(Method):
         from undo.models import hidden_states
 
         assert reference is not None
-        direction = torch.randn(model.config.hidden_size, generator=rng)
-        target = (self.c * direction / direction.norm()).to(model.device)
+        draw = torch.randn if self.direction == "normal" else torch.rand
+        direction = draw(model.config.hidden_size, generator=rng)
+        push = (self.c * direction / direction.norm()).to(model.device)
 
         def terms(batch):
             with torch.no_grad():
-                kept = hidden_states(reference, batch["retain"], self.layer)
+                kept, target = hidden_states(reference, batch["retain"], self.layer), push
+                if self.coefficient == "adaptive":
+                    norms = hidden_states(reference, batch["forget"], self.layer).float().norm(dim=-1, keepdim=True)
+                    target = norms * push
             forget = hidden_states(model, batch["forget"], self.layer)
             retain = hidden_states(model, batch["retain"], self.layer)
             return {
@@ -50,11 +66,3 @@ class RMU(Method):
             }
 
         return terms
-
-    def trains(self, parameter: str) -> bool:
-        match = re.search(r"\blayers\.(\d+)\.mlp\.down_proj\.", parameter)
-        return match is not None and int(match[1]) in self.trained_layers
-
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
-        used = model.model_copy(update={"layers": self.layer + 1, "vocab_size": 0})  # nothing above, and no head
-        return round(3.5 * used.forward_flops(length))  # forward and backward, and the reference on half the tokens

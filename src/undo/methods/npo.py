@@ -1,0 +1,88 @@
+from typing import ClassVar, Literal
+
+from undo.config import NonNegative, Positive
+from undo.methods.method import Method
+from undo.prepare_models import ReducedGemma2
+
+
+class NPO(Method):
+    """-(2 / beta) E log sigmoid(beta (NLL - NLL_0)) + retain_weight L_retain, NLL summed over a document.
+
+    Zhang et al. (2024), eq. 3. E is the mean over documents (pieces of at most a row). With long documents the sum
+    saturates the sigmoid: the same beta means something else on other lengths.
+    """
+
+    name: Literal["npo"] = "npo"
+    presets: ClassVar = {"official": {"beta": 0.1}, "sam_npo": {"beta": 0.0225}}
+
+    beta: Positive = 0.1
+    retain_weight: NonNegative = 1.0
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    def objective(self, model, reference, rng):
+        from torch.nn.functional import logsigmoid
+
+        from undo.losses import cross_entropy, document_losses, of_documents
+        from undo.models import head, hidden_states
+
+        assert reference is not None
+
+        def terms(batch):
+            forget = batch["forget"]
+            before = document_losses(reference, forget)
+            loss = of_documents(
+                [hidden_states(model, forget)],
+                head(model),
+                forget,
+                lambda nll, length: -2 / self.beta * logsigmoid(self.beta * (nll[0] - before)),
+            )
+            found = {"forget": loss / forget.documents}
+            if self.retain_weight:
+                found["retain"] = self.retain_weight * cross_entropy(model, batch["retain"])
+            return found
+
+        return terms
+
+    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+        return 4 * model.forward_flops(length)  # on half the tokens: the reference, and the head twice
+
+
+class SimNPO(Method):
+    """-(2 / beta) E log sigmoid(beta NLL / length - gamma) + retain_weight L_retain. Fan et al. (2024), eq. 4."""
+
+    name: Literal["simnpo"] = "simnpo"
+    presets: ClassVar = {
+        "official": {"beta": 2.5, "gamma": 0.0},
+        "open_unlearning": {"beta": 4.5, "gamma": 0.125},
+    }
+
+    beta: Positive = 2.5
+    gamma: NonNegative = 0.0
+    retain_weight: NonNegative = 1.0
+
+    def objective(self, model, reference, rng):
+        from torch.nn.functional import logsigmoid
+
+        from undo.losses import cross_entropy, of_documents
+        from undo.models import head, hidden_states
+
+        def terms(batch):
+            forget = batch["forget"]
+            loss = of_documents(
+                [hidden_states(model, forget)],
+                head(model),
+                forget,
+                lambda nll, length: -2 / self.beta * logsigmoid(self.beta * nll[0] / length - self.gamma),
+            )
+            found = {"forget": loss / forget.documents}
+            if self.retain_weight:
+                found["retain"] = self.retain_weight * cross_entropy(model, batch["retain"])
+            return found
+
+        return terms
+
+    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+        return round(3.5 * model.forward_flops(length))  # the head twice on half the tokens

@@ -1,0 +1,38 @@
+"""Methods that stand on another one: its terms, with something added or with another step."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from undo.methods.graddiff import GradDiff
+from undo.methods.maxent import MaxEnt
+from undo.methods.method import Method
+from undo.methods.npo import NPO, SimNPO
+from undo.methods.rmu import RMU
+from undo.methods.undial import UNDIAL
+
+BaseMethod = Annotated[GradDiff | MaxEnt | RMU | UNDIAL | NPO | SimNPO, Field(discriminator="name")]
+
+
+class OnTop(Method):
+    """Base of the methods that have a `base`, by default MaxEnt, as in Section 6."""
+
+    base: BaseMethod = MaxEnt()
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.base.needs_reference
+
+    @property
+    def forget_terms(self) -> tuple[str, ...]:
+        return self.base.forget_terms
+
+    @property
+    def zero_at_first(self) -> tuple[str, ...]:
+        return self.base.zero_at_first
+
+    def objective(self, model, reference, rng):
+        return self.base.objective(model, reference, rng)
+
+    def trains(self, parameter: str) -> bool:
+        return self.base.trains(parameter)

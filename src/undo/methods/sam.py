@@ -1,0 +1,60 @@
+from typing import ClassVar, Literal
+
+from undo.config import Count, NonNegative, Positive
+from undo.methods.on_top import OnTop
+from undo.prepare_models import ReducedGemma2
+
+
+class SAM(OnTop):
+    """Sharpness-aware minimisation of a base method: gradients at w + rho g / ||g||. Section 6, Appendix D.1, Table 8.
+
+    ascent: forget   g = grad L_forget(w); the step is grad L_forget(w + rho g / ||g||) + grad L_retain(w): Fan et al.
+                     (2025)
+    ascent: total    g = grad L(w), and the step is grad L(w + rho g / ||g||): the authors of UNDO
+    """
+
+    name: Literal["sam"] = "sam"
+    presets: ClassVar = {"official": {"ascent": "forget", "rho": 0.01}, "undo_paper": {"ascent": "total", "rho": 0.01}}
+
+    rho: NonNegative = 0.01
+    ascent: Literal["forget", "total"] = "forget"  # not `on`, which YAML reads as true
+
+    def step(self, gradient, rng):
+        from undo.methods.shift import add, shifted, to_length
+
+        names = self.base.forget_terms if self.ascent == "forget" else None
+        terms, ascent = gradient(names)
+        with shifted(gradient.weights, to_length(ascent, self.rho)):
+            _, sharp = gradient(names)
+        return terms, sharp if names is None else add(sharp, gradient(terms.keys() - set(names))[1])
+
+    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+        return (3 if self.ascent == "forget" else 2) * self.base.flops_per_token(model, length)
+
+
+class Smoothing(OnTop):
+    """Random smoothing (Fan et al. 2025): the forget gradient is the mean over `samples` of w + sigma N(0, 1)."""
+
+    name: Literal["smoothing"] = "smoothing"
+    presets: ClassVar = {"official": {"sigma": 1e-4, "samples": 3}}
+
+    sigma: Positive = 1e-4
+    samples: Count = 3
+
+    def step(self, gradient, rng):
+        import torch
+
+        from undo.methods.shift import add, shifted
+
+        names, terms = self.base.forget_terms, {}
+        smooth = [None] * len(gradient.weights)
+        for _ in range(self.samples):
+            noise = [self.sigma * torch.randn(w.shape, generator=rng).to(w) for w in gradient.weights]
+            with shifted(gradient.weights, noise):
+                terms, part = gradient(names)
+            smooth = add(smooth, part, 1 / self.samples)
+        terms, others = gradient(terms.keys() - set(names))
+        return terms, add(smooth, others)
+
+    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+        return (1 + self.samples) * self.base.flops_per_token(model, length)

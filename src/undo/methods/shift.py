@@ -1,0 +1,50 @@
+"""Weights moved for a second gradient, and put back to the last bit."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from undo.train import Gradients
+
+
+@contextmanager
+def shifted(weights: Sequence[nn.Parameter], offsets: "Gradients") -> Iterator[None]:
+    """The weights plus their offsets (None: none), for as long as the context lasts."""
+    kept = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight, offset in zip(weights, offsets, strict=True):
+            if offset is not None:
+                weight.add_(offset)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, kept, strict=True):
+                weight.copy_(value)
+
+
+def to_length(gradients: "Gradients", length: float) -> "Gradients":
+    """The direction of all gradients together, at a global 2-norm of `length`; no move where they are all zero."""
+    norm = global_norm(gradients)
+    return [None if g is None else g * torch.where(norm > 0, length / norm, 0.0) for g in gradients]
+
+
+def global_norm(gradients: "Gradients") -> Tensor:
+    """Over all weights together; 0 where there is none. Scalar."""
+    found = [g for g in gradients if g is not None]
+    return nn.utils.get_total_norm(found) if found else torch.zeros(())
+
+
+def add(a: "Gradients", b: "Gradients", factor: Tensor | float = 1.0) -> "Gradients":
+    """a + factor b, weight by weight."""
+    return [x if y is None else factor * y if x is None else x + factor * y for x, y in zip(a, b, strict=True)]
+
+
+def dot(a: "Gradients", b: "Gradients") -> Tensor:
+    """The inner product over all weights together. Scalar."""
+    products = [(x * y).sum() for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    return torch.stack(products).sum() if products else torch.zeros(())

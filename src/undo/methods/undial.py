@@ -1,0 +1,39 @@
+from typing import ClassVar, Literal
+
+from undo.config import NonNegative, Positive
+from undo.methods.method import Method
+from undo.prepare_models import ReducedGemma2
+
+
+class UNDIAL(Method):
+    """KL(q || p) on forget tokens, q = softmax(z_0 - strength x onehot(label)), z_0 the start model's logits.
+
+    Dong et al. (2024); a baseline of Section 6. The same gradient as their cross entropy with q, and 0 at the optimum.
+    Label positions only: open-unlearning also lowers vocabulary entry V - 100 wherever there is no label.
+    """
+
+    name: Literal["undial"] = "undial"
+    presets: ClassVar = {"official": {"strength": 5.0}, "open_unlearning": {"strength": 10.0}}
+
+    strength: Positive = 5.0
+    retain_weight: NonNegative = 0.0  # of cross entropy on retain tokens; the publication has none
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    def objective(self, model, reference, rng):
+        from undo.losses import cross_entropy, undial_kl
+
+        assert reference is not None
+
+        def terms(batch):
+            found = {"forget": undial_kl(model, reference, batch["forget"], self.strength)}
+            if self.retain_weight:
+                found["retain"] = self.retain_weight * cross_entropy(model, batch["retain"])
+            return found
+
+        return terms
+
+    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+        return round(3.5 * model.forward_flops(length))  # the teacher on half the tokens
