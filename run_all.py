@@ -19,7 +19,7 @@ import run_undo
 import run_unlearn
 from undo import cli
 from undo.config import ConfigError, parse_overrides
-from undo.experiment import PlannedRun, find_configs, plan, select, sources
+from undo.experiment import PlannedRun, find_configs, plan, select, sources, wanted
 from undo.prepare_data import prepare
 from undo.tables import hyperparameters
 
@@ -48,34 +48,19 @@ def route(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
     """The runs of all stages that the setting has a YAML for, parents before children.
 
-    Experiments beside the main ones, <stage>_<name>.yaml, are taken with `--with name`.
+    <stage>_<name>.yaml beside the main one is taken with `--with name`, or where `--only` picks from it.
     """
     routed = route(parse_overrides(args.overrides))
     folder = find_configs(args.config, "pretrain")[0].parent
-    wanted = {name: [source for source in sources(folder, name) if _is_wanted(source, name, args)] for name in STAGES}
-    if unknown := set(args.experiments) - {s.stem.partition("_")[2] for found in wanted.values() for s in found}:
-        raise ConfigError(f"{folder} holds no <stage>_{min(unknown)}.yaml")
-    runs = [
-        run for name, found in wanted.items() if found for run in plan(STAGES[name], found, routed[name], args.runs)
-    ]
+    found = {name: sources(folder, name) for name in STAGES}
+    cli.check_extra(args.extra, [path for paths in found.values() for path in paths])
+    chosen = {name: wanted(paths, name, args.extra, args.only) for name, paths in found.items() if paths}
+    runs = [run for name, paths in chosen.items() for run in plan(STAGES[name], paths, routed[name], args.runs)]
     return select(runs, args.only, with_parents=True), folder
-
-
-def _is_wanted(source: Path, stage: str, args: argparse.Namespace) -> bool:
-    return source.stem == stage or source.stem.removeprefix(f"{stage}_") in args.experiments
 
 
 def main() -> int:
     parser = cli.parser("All stages of configs/<setting>/, to the table and the figures.")
-    parser.add_argument(
-        "--with",
-        nargs=1,
-        action="extend",
-        default=[],
-        dest="experiments",
-        metavar="NAME",
-        help="also <stage>_NAME.yaml",
-    )
     parser.add_argument("--tables", action="store_true", help="print the setting's hyper-parameters, and do nothing")
     args = parser.parse_intermixed_args()
     if args.tables:

@@ -1,5 +1,6 @@
 """From YAML and overrides to typed configs: what is read, what is refused, and with which words."""
 
+import shutil
 import subprocess
 import sys
 
@@ -208,3 +209,25 @@ def test_no_torch_before_a_run_starts(arguments):
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_experiments_beside_the_main_one(tmp_path, monkeypatch):
+    """<stage>_<name>.yaml: left out, taken with --with, looked at with --only; one name stands for one run."""
+    folder = tmp_path / "configs/mine"
+    shutil.copytree(DEMO, folder)
+
+    def planned(*arguments: str) -> set[str]:
+        args = run_all.cli.parser("").parse_intermixed_args([str(folder), *arguments])
+        args.runs = tmp_path
+        return {run.name for run in run_all.planned(args)[0]}
+
+    main, robust = planned(), planned("--with", "robust")
+    assert main < robust
+    assert "unlearn/sam-lr_2e-03-seed_0" in robust - main
+    picked = planned("--only", "relearn/sam-*")
+    assert {name.partition("/")[0] for name in picked} == {"prepare", "pretrain", "unlearn", "relearn"}
+    with pytest.raises(ConfigError, match=r"no <stage>_robst\.yaml; there is: robust"):
+        planned("--with", "robst")
+    shutil.copy(folder / "unlearn.yaml", folder / "unlearn_again.yaml")
+    with pytest.raises(ConfigError, match=r"is a run of .*unlearn\.yaml already"):
+        planned("--with", "again")

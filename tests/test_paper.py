@@ -167,6 +167,43 @@ def test_appendix_c_and_figures_5_to_7_undo(setting, planned):
     assert thresholds == {0.05, 0.09, 0.13, 0.17, 0.21, 0.25, 0.29, 0.33}
 
 
+def test_tables_7_and_8_and_appendix_d_1(setting, tmp_path):
+    """The robust baselines of Section 6, all on MaxEnt at its chosen rate; D.1's twelve rates for the others."""
+    runs = plan(run_all.STAGES["unlearn"], [ROOT / "configs" / setting / "unlearn_robust.yaml"], {}, tmp_path)
+    by_method: dict[str, list] = {}
+    for run in runs:
+        by_method.setdefault(run.config.method.name, []).append(run.config)
+    rate = 8e-5 if setting == "language" else 9e-5
+    for config in (*by_method["sam"], *by_method["repnoise"]):
+        assert config.method.base.name == "maxent"
+        assert config.training.learning_rate == rate
+    assert {c.method.rho for c in by_method["sam"]} == {0.001, 0.003, 0.005, 0.01, 0.02, 0.04, 0.07, 0.1}
+    assert {c.method.ascent for c in by_method["sam"]} == {"total"}
+    noise_and_ascent = [
+        (0.1, 1e-4),
+        (0.1, 1e-3),
+        (0.5, 0.01),
+        (0.5, 0.1),
+        (1.0, 0.1),
+        (1.0, 1.0),
+        (2.0, 2.0),
+        (4.0, 4.0),
+    ]
+    assert [(c.method.noise_weight, c.method.ascent_weight) for c in by_method["repnoise"]] == noise_and_ascent
+    twelve = {mantissa * 10.0**-power for power in range(3, 9) for mantissa in (3, 8)}
+    for method in ("undial", "graddiff", "maxent", "rmu"):
+        assert sorted(c.training.learning_rate for c in by_method[method]) == pytest.approx(sorted(twelve))
+    batch = 4 if setting == "language" else 40
+    for method, configs_of in by_method.items():
+        expected = 20 if (setting, method) == ("arithmetic", "graddiff") else batch
+        assert {c.training.batch_rows for c in configs_of} == {expected}
+        assert {(c.training.weight_decay, c.training.clip_norm) for c in configs_of} == {(0, 1.0)}
+    attacked = plan(run_all.STAGES["relearn"], [ROOT / "configs" / setting / "relearn_robust.yaml"], {}, tmp_path)
+    models = {run.config.model for run in attacked}
+    assert models == {run.name for run in runs if "_wide" not in run.name}
+    assert len(attacked) == 10 * len(models)
+
+
 def test_costs_against_the_reference_s_count(setting, planned):
     """performance.md section 4.1: 1.71e18 and 2.28e18 FLOP for language, 1.84e17 and 2.45e17 for arithmetic."""
     every = [run for stage in planned.values() for run in stage]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from undo.config import ConfigError, parse_overrides, validate
 from undo.display import LiveTable, si
-from undo.experiment import Cost, Costs, PlannedRun, check, find_configs, jobs, plan, select
+from undo.experiment import Cost, Costs, PlannedRun, check, find_configs, jobs, plan, select, wanted
 from undo.launch import run_jobs
 from undo.run import INTERRUPTED, Interrupted, Run
 from undo.stage import Stage
@@ -27,11 +27,24 @@ def main(stage: Stage) -> None:
     arguments = parser(f"The {stage.name} stage: one run for each point of configs/<setting>/{stage.name}.yaml.")
 
     def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
-        sources = find_configs(args.config, stage.name)
+        found = find_configs(args.config, stage.name)
+        check_extra(args.extra, found)
+        sources = wanted(found, stage.name, args.extra, args.only)
         runs = plan(stage, sources, parse_overrides(args.overrides), args.runs)
-        return select(runs, args.only), sources[0].parent
+        return select(runs, args.only), found[0].parent
 
     sys.exit(guarded(lambda: launch(arguments.parse_intermixed_args(), planned)))
+
+
+def check_extra(names: Sequence[str], found: Sequence[Path]) -> None:
+    """Raises ConfigError if there is no <stage>_<name>.yaml for one of the names."""
+    there = {path.stem.partition("_")[2] for path in found} - {""}
+    for name in names:
+        if name not in there:
+            folder = found[0].parent
+            raise ConfigError(
+                f"--with {name}: {folder} holds no <stage>_{name}.yaml; there is: {', '.join(there) or 'none'}"
+            )
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -41,6 +54,9 @@ def parser(description: str) -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="keys of the YAML, dotted; they beat its sweep"
     )
     arguments.add_argument("--only", metavar="GLOB", help="runs whose name matches")
+    arguments.add_argument(
+        "--with", action="append", default=[], dest="extra", metavar="NAME", help="also the runs of <stage>_NAME.yaml"
+    )
     arguments.add_argument("--dry-run", action="store_true", help="list the runs, their parents and their FLOPs")
     arguments.add_argument("--force", action="store_true", help="delete the selected runs and make them afresh")
     arguments.add_argument(

@@ -34,8 +34,8 @@ class PlannedRun:
 
 
 def find_configs(argument: str, stage: str) -> list[Path]:
-    """The YAML files of a stage: `demo` -> configs/demo/<stage>.yaml, here or in the checkout, and <stage>_*.yaml
-    beside it, experiments of their own. A path to a YAML file stays as it is."""
+    """The YAML files of a stage: `demo` -> configs/demo/<stage>.yaml, here or in the checkout, then <stage>_*.yaml
+    beside it. A path to a YAML file stays as it is."""
     path = Path(argument)
     if path.suffix in (".yaml", ".yml"):
         return [path]
@@ -53,6 +53,12 @@ def find_configs(argument: str, stage: str) -> list[Path]:
 def sources(folder: Path, stage: str) -> list[Path]:
     """A stage's YAML files in a setting's folder, the main one first."""
     return [*folder.glob(f"{stage}.yaml"), *sorted(folder.glob(f"{stage}_*.yaml"))]
+
+
+def wanted(found: Sequence[Path], stage: str, extra: Sequence[str], only: str | None) -> list[Path]:
+    """The main YAML and <stage>_<name>.yaml for each name in `extra`; all of them where `only` picks from the runs."""
+    names = {*(path.stem for path in found[:1]), *(f"{stage}_{name}" for name in extra)}
+    return [path for path in found if only is not None or path.stem in names]
 
 
 def plan(stage: Stage, sources: Sequence[Path], overrides: Mapping[str, Any], runs: Path) -> list[PlannedRun]:

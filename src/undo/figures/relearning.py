@@ -99,4 +99,6 @@ def describe(attacked: Attacked) -> str:
         return "oracle (data filtering)"
     kind, _, method = attacked.label.partition("_")
     names = {"unlearned": "unlearn only", "distilled": "unlearn and distill"}
-    return attacked.label if kind not in names else names[kind] + (f", {METHODS.get(method, method)}" if method else "")
+    if kind in names:
+        return names[kind] + (f", {METHODS.get(method, method)}" if method else "")
+    return METHODS.get(kind, kind) + (f" {method.replace('_', ', ')}" if method else "")

@@ -20,6 +20,8 @@ COLORS: Final = {  # Okabe and Ito
     "retain": "#0072B2",
     "forget": "#D55E00",
 }
+BASELINES: Final = ("sam", "smoothing", "repnoise", "undial", "npo", "simnpo", "uam")  # each a mark of its own
+MARKS: Final = "Pv<>XDp"
 PANEL: Final = (2.5, 2.1)  # inches
 
 
@@ -40,7 +42,9 @@ def panels(count: int, columns: int = 4, sharey: bool = True) -> tuple[Figure, l
 
 
 def color_of(label: str, alpha: float | None = None) -> str:
-    """A model's own colour; UNDO's runs from light to dark with alpha."""
+    """A model's own colour; UNDO's runs from light to dark with alpha; the other baselines grey, with their marks."""
+    if label.partition("_")[0] in BASELINES:
+        return "#777777"
     return COLORS.get(label, INK) if alpha is None else shade(alpha)
 
 

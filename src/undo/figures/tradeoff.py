@@ -59,8 +59,13 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
 
 def _marker(attacked: Attacked) -> str:
     """A star for models that nothing was unlearned in, a square for distilled ones, a triangle for other thresholds."""
-    if attacked.label in ("reference", "oracle"):
+    from undo.figures.style import BASELINES, MARKS
+
+    kind = attacked.label.partition("_")[0]
+    if kind in BASELINES:
+        return MARKS[BASELINES.index(kind)]
+    if kind in ("reference", "oracle"):
         return "*"
     if "_within_" in attacked.label:
         return "^"
-    return "s" if attacked.label.startswith("distilled") else "o"
+    return "s" if kind == "distilled" else "o"

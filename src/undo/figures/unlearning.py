@@ -9,7 +9,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-NAMES: Final[dict[str, str]] = {"graddiff": "GradDiff", "maxent": "MaxEnt", "rmu": "RMU"}
+NAMES: Final[dict[str, str]] = {
+    "graddiff": "GradDiff",
+    "maxent": "MaxEnt",
+    "rmu": "RMU",
+    "sam": "SAM",
+    "smoothing": "smoothing",
+    "repnoise": "RepNoise",
+    "undial": "UNDIAL",
+    "npo": "NPO",
+    "simnpo": "SimNPO",
+    "uam": "UAM",
+}
+
+
+SHOWN: Final = ("graddiff", "maxent", "rmu")
 
 
 def unlearning_tradeoff(results: Results) -> "Figure | Missing":
@@ -20,7 +34,9 @@ def unlearning_tradeoff(results: Results) -> "Figure | Missing":
     """
     from undo.figures.style import COLORS, panels
 
-    runs = results.of("unlearn")
+    runs = [
+        r for r in results.of("unlearn") if r.config["method"]["name"] in SHOWN and "_wide" not in r.config["variant"]
+    ]
     if not runs:
         return Missing("an unlearned model", "unlearn/*")
     first = min(run.seed for run in runs)
