@@ -119,6 +119,15 @@ def test_a_model_folder_loads_with_plain_transformers_and_has_the_recorded_accur
         assert sum(hits) / len(hits) == recorded[role]
 
 
+def test_an_unlearning_run_says_how_it_is(undisturbed):
+    (folder,) = (undisturbed / "demo/unlearn").glob("maxent-lr_2e-03*")
+    found = json.loads((folder / "run.json").read_text())["health"]
+    assert found["gradient/uniform"] > 0
+    assert found["gradient/retain"] > 0
+    assert 0 < found["relative_weight_change"] < 1
+    assert "health: " in (folder / "log.txt").read_text()
+
+
 # --- kill -9 -------------------------------------------------------------------------------------------------------
 
 

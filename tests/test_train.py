@@ -12,7 +12,8 @@ from conftest import ROOT, SHAPE, execution, lively, metrics, training
 
 from run_pretrain import Pretrain
 from undo.evaluate.evaluator import Measured
-from undo.losses import cross_entropy
+from undo.losses import cross_entropy, uniform_kl
+from undo.methods import SAM, GradDiff, Smoothing
 from undo.run import Diverged, Interrupted, Run
 from undo.tokens import MixedStream, TokenStore
 from undo.train import learning_rate, train
@@ -52,7 +53,7 @@ def go(
     **more,
 ):
     """One small training -> the model and the outcome."""
-    options = {key: more.pop(key) for key in ("rng", "stop") if key in more}
+    options = {key: more.pop(key) for key in ("rng", "stop", "step") if key in more}
     rows = more.pop("rows", 4)
     run, config = make(folder, cfg, **more)
     model = model or lively(SHAPE.build(0))
@@ -210,6 +211,42 @@ def test_interrupted_and_resumed_is_bit_equal_to_undisturbed(tmp_path, data, mon
     assert one.read_bytes() == two.read_bytes()
 
 
+def two_terms(model):
+    """Something to forget and something to retain, of one stream."""
+    return lambda batch: {
+        "forget": -0.1 * uniform_kl(model, batch["train"]),
+        "retain": cross_entropy(model, batch["train"]),
+    }
+
+
+def sharp_step(gradient):
+    return SAM(base=GradDiff(), rho=0.1).step(gradient, torch.Generator())
+
+
+def test_a_step_that_draws_is_resumed_bit_by_bit(tmp_path, data, monkeypatch):
+    method = Smoothing(base=GradDiff(), sigma=0.01, samples=2)
+
+    def run_it(folder, seed, stop_at=None):
+        rng, taken = torch.Generator().manual_seed(seed), []
+
+        def step(gradient):
+            taken.append(1)
+            if len(taken) == stop_at:
+                monkeypatch.setattr(Run, "_stop_requested", True)
+            return method.step(gradient, rng)
+
+        return go(folder, data, objective=two_terms, rng=rng, step=step)
+
+    undisturbed, _ = run_it(tmp_path / "a", 4)
+    with pytest.raises(Interrupted):
+        run_it(tmp_path / "b", 4, stop_at=3)
+    monkeypatch.setattr(Run, "_stop_requested", False)
+    resumed, _ = run_it(tmp_path / "b", 12345)
+    assert same(undisturbed, resumed)
+    one, two = (tmp_path / x / "tiny/pretrain/x/metrics.jsonl" for x in "ab")
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_checkpoint_interval_changes_nothing(tmp_path, data):
     one, _ = go(tmp_path / "a", data, checkpoint_every=1)
     two, _ = go(tmp_path / "b", data, checkpoint_every=100)
@@ -217,8 +254,12 @@ def test_checkpoint_interval_changes_nothing(tmp_path, data):
 
 
 def test_two_devices_make_the_same_step_as_one(tmp_path, data):
-    """Two real processes over gloo: same records as one, to rounding; the order of the data does not change."""
+    """Two real processes over gloo: same records as one, to rounding; the order of the data does not change.
+
+    So with a second gradient: the direction of the shift is that of the whole batch.
+    """
     go(tmp_path / "one", data, lively(SHAPE.build(0)).double())
+    go(tmp_path / "sharp", data, lively(SHAPE.build(0)).double(), objective=two_terms, step=sharp_step)
     program = f"""
 import os, sys
 from pathlib import Path
@@ -227,10 +268,13 @@ import torch; torch.set_num_threads(1)
 from accelerate import PartialState
 PartialState(cpu=True, backend="gloo")
 from conftest import SHAPE, lively
-from test_train import go
+from test_train import go, sharp_step, two_terms
 from undo.run import RunDirectory
 data = RunDirectory.at(Path({str(data.folder)!r}))
-go(Path({str(tmp_path)!r}) / f"rank{{os.environ['RANK']}}", data, lively(SHAPE.build(0)).double())
+rank = os.environ["RANK"]
+go(Path({str(tmp_path)!r}) / f"one-rank{{rank}}", data, lively(SHAPE.build(0)).double())
+more = dict(objective=two_terms, step=sharp_step)
+go(Path({str(tmp_path)!r}) / f"sharp-rank{{rank}}", data, lively(SHAPE.build(0)).double(), **more)
 """
     ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "ACCELERATE_USE_CPU": "true"}
     processes = [
@@ -245,9 +289,10 @@ go(Path({str(tmp_path)!r}) / f"rank{{os.environ['RANK']}}", data, lively(SHAPE.b
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    expected = metrics(tmp_path / "one/tiny/pretrain/x")
-    for rank in range(2):
-        got = metrics(tmp_path / f"rank{rank}/tiny/pretrain/x")
-        assert len(got) == len(expected)
-        for a, b in zip(got, expected, strict=True):
-            assert a == pytest.approx(b, rel=1e-6), json.dumps([a, b])
+    for kind in ("one", "sharp"):
+        expected = metrics(tmp_path / kind / "tiny/pretrain/x")
+        for rank in range(2):
+            got = metrics(tmp_path / f"{kind}-rank{rank}/tiny/pretrain/x")
+            assert len(got) == len(expected)
+            for a, b in zip(got, expected, strict=True):
+                assert a == pytest.approx(b, rel=1e-6), json.dumps([a, b])
