@@ -10,7 +10,7 @@ from undo import models
 from undo.config import ConfigError
 from undo.losses import cross_entropy
 from undo.models import hidden_states
-from undo.prepare_models import ReducedGemma2
+from undo.prepare_models import SIZES, ReducedGemma2
 from undo.tokens import collate
 
 
@@ -129,3 +129,19 @@ def test_blocked_attention_leaves_the_library_s_own_calls_alone():
         lambda m: m.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0),
     ):
         assert torch.equal(call(plain), call(placed))
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [("0.1B", 112_904_000), ("0.3B", 328_772_352), ("0.6B", 601_957_376), ("0.9B", 933_346_560)],
+)
+def test_named_sizes(size, parameters):
+    """The first two as counted by the authors' code; all from the sums of their matrices."""
+    assert ReducedGemma2(size=size).parameters == parameters
+    assert ReducedGemma2(size=size, vocab_size=1000).parameters == parameters - 255_000 * SIZES[size]["hidden_size"]
+
+
+def test_a_key_beside_the_size_wins_and_another_size_is_refused():
+    assert ReducedGemma2(size="0.1B", layers=2).layers == 2
+    with pytest.raises(ValueError, match=r"0\.1B"):
+        ReducedGemma2(size="2B", hidden_size=8, intermediate_size=8)

@@ -1,7 +1,9 @@
 """Reduced Gemma-2: the architecture of Table 1 at any size, seeded random initialisation, and what it costs."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
+
+from pydantic import model_validator
 
 from undo.config import Count, Frozen, Positive
 
@@ -9,9 +11,22 @@ if TYPE_CHECKING:
     from transformers import Gemma2ForCausalLM
 
 
-class ReducedGemma2(Frozen):
-    """A Gemma-2 of another size. What the paper does not say comes from gemma-2-2b, as in the authors' code."""
+Size = Literal["0.1B", "0.3B", "0.6B", "0.9B"]
+SIZES: Final[dict[Size, dict[str, int]]] = {  # Table 1; the last two are in the authors' code only
+    "0.1B": {"layers": 14, "hidden_size": 320, "intermediate_size": 1280, "head_dim": 128},
+    "0.3B": {"layers": 14, "hidden_size": 768, "intermediate_size": 3072, "head_dim": 128},
+    "0.6B": {"layers": 18, "hidden_size": 1024, "intermediate_size": 4096, "head_dim": 256},
+    "0.9B": {"layers": 22, "hidden_size": 1280, "intermediate_size": 5120, "head_dim": 256},
+}
 
+
+class ReducedGemma2(Frozen):
+    """A Gemma-2 of another size. What the paper does not say comes from gemma-2-2b, as in the authors' code.
+
+    `size` stands for the numbers in SIZES; keys that are given beside it win.
+    """
+
+    size: Size | None = None
     vocab_size: Count = 256_000
     hidden_size: Count
     intermediate_size: Count
@@ -24,6 +39,12 @@ class ReducedGemma2(Frozen):
     final_softcap: Positive | None = 30.0
     sliding_window: Count = 4096  # in every other layer; longer rows than this are refused
     init_std: Positive = 0.02
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_size(cls, values: Any) -> Any:
+        size = values.get("size") if isinstance(values, dict) else None
+        return SIZES.get(size, {}) | values if size is not None else values
 
     @classmethod
     def from_transformers(cls, facts: Mapping[str, Any]) -> Self:
