@@ -19,7 +19,7 @@ import run_undo
 import run_unlearn
 from undo import cli
 from undo.config import ConfigError, parse_overrides
-from undo.experiment import PlannedRun, find_configs, plan, select, sources, wanted
+from undo.experiment import PlannedRun, find_configs, pick, plan, sources, wanted
 from undo.prepare_data import prepare
 from undo.tables import hyperparameters
 
@@ -48,15 +48,18 @@ def route(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
     """The runs of all stages that the setting has a YAML for, parents before children.
 
-    <stage>_<name>.yaml beside the main one is taken with `--with name`, or where `--only` picks from it.
+    <stage>_<name>.yaml beside the main one is taken with `--with name`, or where `--only` matches nothing else.
     """
     routed = route(parse_overrides(args.overrides))
     folder = find_configs(args.config, "pretrain")[0].parent
     found = {name: sources(folder, name) for name in STAGES}
     cli.check_extra(args.extra, [path for paths in found.values() for path in paths])
-    chosen = {name: wanted(paths, name, args.extra, args.only) for name, paths in found.items() if paths}
-    runs = [run for name, paths in chosen.items() for run in plan(STAGES[name], paths, routed[name], args.runs)]
-    return select(runs, args.only, with_parents=True), folder
+
+    def plans(every: bool) -> list[PlannedRun]:
+        chosen = {name: paths if every else wanted(paths, name, args.extra) for name, paths in found.items() if paths}
+        return [run for name, paths in chosen.items() for run in plan(STAGES[name], paths, routed[name], args.runs)]
+
+    return pick(plans(False), lambda: plans(True), args.only, with_parents=True), folder
 
 
 def main() -> int:

@@ -212,7 +212,7 @@ def test_no_torch_before_a_run_starts(arguments):
 
 
 def test_experiments_beside_the_main_one(tmp_path, monkeypatch):
-    """<stage>_<name>.yaml: left out, taken with --with, looked at with --only; one name stands for one run."""
+    """<stage>_<name>.yaml: left out, taken with --with, found by --only; one name stands for one run."""
     folder = tmp_path / "configs/mine"
     shutil.copytree(DEMO, folder)
 
@@ -224,6 +224,7 @@ def test_experiments_beside_the_main_one(tmp_path, monkeypatch):
     main, robust = planned(), planned("--with", "robust")
     assert main < robust
     assert "unlearn/sam-lr_2e-03-seed_0" in robust - main
+    assert planned("--only", "relearn/*") == {name for name in main if name in planned("--only", "relearn/*")}
     picked = planned("--only", "relearn/sam-*")
     assert {name.partition("/")[0] for name in picked} == {"prepare", "pretrain", "unlearn", "relearn"}
     with pytest.raises(ConfigError, match=r"no <stage>_robst\.yaml; there is: robust"):

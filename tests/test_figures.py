@@ -109,7 +109,13 @@ def test_the_sweep_stands_beside_the_paper_s(tmp_path):
         training = {"learning_rate": rate}
         curve = {0: 3.5, 100: 12.0}
         world.run(
-            f"unlearn/{rate}", "m", retain=5.0, forget=12.0, curve=curve, method={"name": "maxent"}, training=training
+            f"unlearn/{rate}",
+            "maxent",
+            retain=5.0,
+            forget=12.0,
+            curve=curve,
+            method={"name": "maxent"},
+            training=training,
         )
     world.run("distill/d", "distilled", teacher="unlearn/8e-05")
     table = unlearning_sweep(world.results())
@@ -121,15 +127,34 @@ def test_the_sweep_stands_beside_the_paper_s(tmp_path):
 
 def test_another_size_stands_beside_the_paper_s_own_choice(tmp_path):
     world = World(tmp_path, "cross_entropy", "language_small")
-    world.run("unlearn/m", "m", method={"name": "maxent"}, training={"learning_rate": 1e-3})
+    world.run("unlearn/m", "maxent", method={"name": "maxent"}, training={"learning_rate": 1e-3})
     world.run("distill/d", "distilled", teacher="unlearn/m")
     table = unlearning_sweep(world.results())
     assert table is not None
     assert "12.381" in table
     assert "difference" not in table
     world = World(tmp_path, setting="made")
-    world.run("unlearn/m", "m", method={"name": "maxent"}, training={"learning_rate": 1e-3})
+    world.run("unlearn/m", "maxent", method={"name": "maxent"}, training={"learning_rate": 1e-3})
     assert "paper" not in (unlearning_sweep(world.results()) or "")
+
+
+def test_a_baseline_s_robustness_is_measured_against_the_unlearned_model(world):
+    a_whole_world(world)  # the oracle ends at 0.2, unlearned at 0.9
+    world.model("unlearn/sam", "sam", 0.55, method={"name": "sam"}, reference="x", training={"learning_rate": 1e-3})
+    results = world.results()
+    found = {a.label: results.robustness(a) for a in results.attacked}
+    assert found["sam"] == pytest.approx(0.5)
+    assert found["unlearned"] == found["unlearned_rmu"] == 0
+
+
+def test_figure_7_compares_methods_and_undo_at_the_paper_s_alpha(world):
+    a_whole_world(world)
+    noise = {"alpha": 0.6, "beta": 0.1}
+    for label in ("undo_0.6", "undo_0.6_within_0.33"):
+        world.model(f"undo/{label}", label, 0.3, teacher="unlearn/maxent-lr", noise=noise)
+    expected = {"unlearned", "unlearned_graddiff", "unlearned_rmu", "undo_0.6", "undo_0.6_within_0.33"}
+    assert world.results().compared.keys() == expected
+    assert len(FIGURES["fig7"](world.results()).axes[0].containers) == len(expected) + 1  # and the oracle
 
 
 def test_the_report_holds_everything(world):
@@ -158,7 +183,7 @@ def test_the_committed_tables_are_those_of_the_configs(folder):
 def test_tables_hold_what_the_paper_s_hold():
     text = hyperparameters(ROOT / "configs/language", run_all.STAGES)
     assert "| `parameters` | 112,904,000 |" in text
-    assert "| `training.learning_rate` | 1e-05, 2e-05, 3e-05, 4e-05, 5e-05, 6e-05, 7e-05, 8e-05 |" in text
+    assert "| 1e-05, 2e-05, 3e-05, 4e-05, 5e-05, 6e-05, 7e-05, 8e-05 |" in text
     assert "| `mixture` | retain 0.5, forget 0.5 |" in text
     assert "| distilled | 4,069 | 240 | 0.0009 | 0.0007 | unlearn/maxent-lr_8e-05-seed_0 | random | - |" in text
 

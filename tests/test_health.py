@@ -33,8 +33,12 @@ def test_the_norm_of_a_term_is_that_of_its_own_gradient():
 
 
 def test_a_term_without_a_gradient_is_refused_in_two_lines():
-    method = GradDiff(alpha=0.0)
-    model, _, objective = setting(method)
+    method = GradDiff()
+    model, _, terms = setting(method)
+
+    def objective(batch):
+        return {"forget": terms(batch)["forget"], "retain": 0 * terms(batch)["retain"]}
+
     with pytest.raises(ConfigError, match="the loss term 'retain' has no gradient at the first step") as error:
         health.gradient_norms(batch_gradient(model, objective, None), method)
     assert len(str(error.value).splitlines()) == 2

@@ -262,3 +262,40 @@ def test_layer_output_is_the_blocks_own(model):
     hidden_states(model, tokens)
     hook.remove()
     torch.testing.assert_close(hidden_states(model, tokens, layer=0), seen[0], rtol=0, atol=0)
+
+
+def test_undial_s_target_over_several_tiles_and_with_a_sure_teacher():
+    """Vocabulary of three tiles; a teacher whose label has nearly all of the mass, lowered by 15."""
+    from undo.losses import LoweredKL
+
+    rng = torch.Generator().manual_seed(0)
+    hidden, q_hidden = (torch.randn(40, 8, generator=rng, dtype=torch.float64) for _ in range(2))
+    weight, q_weight = (torch.randn(5000, 8, generator=rng, dtype=torch.float64) for _ in range(2))
+    q_weight[:40] = 40 * q_hidden  # token i is nearly certain of word i
+    labels = torch.arange(40)
+    labels[20:] = torch.randint(5000, (20,), generator=rng)
+    capped = [30 * torch.tanh(h @ w.T / 30) for h, w in ((hidden, weight), (q_hidden, q_weight))]
+    lowered = capped[1].clone()
+    lowered[torch.arange(40), labels] -= 15.0
+    log_q = lowered.log_softmax(-1)
+    expected = (log_q.exp() * (log_q - capped[0].log_softmax(-1))).sum()
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        teacher = Head(q_weight.to(dtype), 30.0)
+        target = LoweredKL(q_hidden.to(dtype), teacher, labels, 15.0)
+        loss = linear_loss(hidden.to(dtype), Head(weight.to(dtype), 30.0), target)
+        assert float(loss) == pytest.approx(float(expected), rel=tolerance)
+
+
+def test_weights_of_tokens_over_several_chunks(monkeypatch):
+    """Value and gradients of a weighted sum, against autograd on the plain formula."""
+    monkeypatch.setattr("undo.losses.grid", lambda weight, tokens: Grid(7, 300))
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 6, generator=rng, dtype=torch.float64).requires_grad_() for n in (20, 1000))
+    labels, weights = torch.randint(1000, (20,), generator=rng), torch.randn(20, generator=rng, dtype=torch.float64)
+    loss = linear_loss(hidden, Head(weight, None), CrossEntropy(labels), weights)
+    plain = -(weights * (hidden @ weight.T).log_softmax(-1)[torch.arange(20), labels]).sum()
+    torch.testing.assert_close(loss, plain)
+    for mine, theirs in zip(
+        torch.autograd.grad(loss, [hidden, weight]), torch.autograd.grad(plain, [hidden, weight]), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)

@@ -7,9 +7,8 @@ import pytest
 import torch
 from conftest import SHAPE, batch, lively
 
-from undo.config import ConfigError
 from undo.losses import mmd
-from undo.methods import UAM, GradDiff, MaxEnt, RepNoise, UnlearningMethod
+from undo.methods import SAM, UAM, GradDiff, MaxEnt, RepNoise, UnlearningMethod
 from undo.methods.method import Method
 from undo.methods.npo import NPO, SimNPO
 from undo.methods.rmu import RMU
@@ -180,9 +179,30 @@ def test_a_key_beside_a_preset_wins():
     assert (made.c, made.alpha, made.layer) == (7.0, 1200.0, 11)
 
 
-@pytest.mark.parametrize(("kind", "names"), [(RMU, 4), (UNDIAL, 2), (NPO, 2), (SimNPO, 2), (RepNoise, 2), (UAM, 3)])
-def test_published_values_are_presets(kind, names):
-    assert len(kind.presets) == names
+@pytest.mark.parametrize(
+    ("kind", "preset", "values"),
+    [
+        (RMU, "official", {"layer": 7, "trained_layers": (5, 6, 7), "c": 20, "alpha": 100, "direction": "uniform"}),
+        (RMU, "published_zephyr", {"layer": 7, "c": 6.5, "alpha": 1200, "direction": "uniform"}),
+        (RMU, "undo_paper", {"layer": 11, "trained_layers": (5, 6, 7, 8, 9, 10, 11), "c": 6.5, "alpha": 1200}),
+        (RMU, "undo_paper_arithmetic", {"layer": 11, "c": 6, "alpha": 200, "direction": "normal"}),
+        (UNDIAL, "official", {"strength": 5, "retain_weight": 0}),
+        (UNDIAL, "open_unlearning", {"strength": 10}),
+        (NPO, "official", {"beta": 0.1}),
+        (SimNPO, "official", {"beta": 2.5, "gamma": 0, "forget_weight": 0.1375}),
+        (SimNPO, "open_unlearning", {"beta": 4.5, "gamma": 0, "forget_weight": 0.125}),
+        (SAM, "official", {"rho": 0.01, "ascent": "forget"}),
+        (SAM, "undo_paper", {"rho": 0.01, "ascent": "total"}),
+        (RepNoise, "official", {"noise_weight": 0.001, "ascent_weight": 1}),
+        (UAM, "official", {"gamma": 0}),
+        (UAM, "equation_15", {"gamma": 1, "when": "always"}),
+        (UAM, "language_model", {"gamma": 1.05, "layer": 7, "trained_layers": (5, 6, 7), "loss": "representation"}),
+    ],
+)
+def test_presets_have_the_published_values(kind, preset, values):
+    """Typed in from algorithms.md and the papers, not from the code."""
+    made = kind.model_validate({"preset": preset}, strict=False)
+    assert {key: getattr(made, key) for key in values} == values
 
 
 # --- each equation, written out ------------------------------------------------------------------------------------
@@ -307,10 +327,10 @@ def test_npo_by_document():
 
 
 def test_simnpo_by_document():
-    method = SimNPO(beta=2.5, gamma=0.5)
+    method = SimNPO(beta=2.5, gamma=0.5, forget_weight=0.25)
     model, _, objective = setting(method)
     nll, lengths = by_document(model, roles()["forget"])
-    expected = -2 / 2.5 * torch.log(torch.sigmoid(2.5 * nll / lengths - 0.5)).mean()
+    expected = 0.25 * -2 / 2.5 * torch.log(torch.sigmoid(2.5 * nll / lengths - 0.5)).mean()
     torch.testing.assert_close(objective(roles())["forget"].double(), expected, rtol=1e-5, atol=0)
 
 
@@ -397,19 +417,41 @@ def test_repnoise_leaves_no_hook_behind():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_paired_repnoise_looks_at_differences_only():
-    _model, _, objective = setting(RepNoise(pairing="paired"))
-    data = roles()
-    half = data["forget"].input_ids.clone()
-    half[:, : half.shape[1] // 2] = (half[:, : half.shape[1] // 2] + 1) % SHAPE.vocab_size
-    retain = Tokens(
-        half, data["forget"].positions, data["forget"].labels, data["forget"].total, data["forget"].documents
-    )
-    one = objective({"forget": data["forget"], "retain": retain})
-    other = objective({"forget": data["forget"], "retain": data["retain"]})
-    assert one["noise"] != other["noise"]
-    with pytest.raises(ConfigError, match="pairs of equal length"):
-        objective({"forget": data["forget"], "retain": data["retain"].rows(0, 1)})
+def test_repnoise_s_noise_term_written_out():
+    """The outputs of every MLP at a document's labels against noise that its own tokens draw; means over both."""
+    import zlib
+
+    method = RepNoise(noise_weight=1.0, sample=3)
+    model, _, objective = setting(method, seed=8)
+    tokens, outputs = roles()["forget"], []
+    hooks = [b.mlp.register_forward_hook(lambda _, __, out: outputs.append(out)) for b in model.model.layers]
+    hidden_states(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(8)))
+    mask, number = tokens.labels != IGNORE, (tokens.positions == 0).flatten().cumsum(0).reshape(tokens.labels.shape)
+    values = []
+    for n in number[mask].unique():
+        here = mask & (number == n)
+        rng = torch.Generator().manual_seed((seed + zlib.crc32(tokens.input_ids[here].numpy().tobytes())) % 2**63)
+        chosen = torch.randperm(int(here.sum()), generator=rng)[:3]
+        for output in outputs:
+            x = output[here][chosen].double()
+            y = torch.randn(len(chosen), x.shape[1], generator=rng).double()
+            points = torch.cat([x, y])
+            d = ((points[:, None] - points[None]) ** 2).sum(-1)
+            width = d.sum() / (len(points) ** 2 - len(points)) / 4
+            k = sum(torch.exp(-d / (width * 2**i)) for i in range(5))
+            m = len(x)
+            values.append((k[:m, :m].mean() + k[m:, m:].mean() - 2 * k[:m, m:].mean()) / len(outputs))
+    expected = torch.stack(values).sum() / tokens.documents
+    torch.testing.assert_close(objective(roles())["noise"].double(), expected, rtol=1e-4, atol=0)
+
+
+def test_a_weight_of_zero_leaves_its_term_out():
+    assert setting(RepNoise(noise_weight=0.0))[2](roles()).keys() == {"uniform", "retain", "ascent"}
+    assert setting(RepNoise(ascent_weight=0.0))[2](roles()).keys() == {"uniform", "retain", "noise"}
+    assert setting(GradDiff(alpha=0.0))[2](roles()).keys() == {"forget"}
 
 
 def test_uam_s_losses():

@@ -134,12 +134,14 @@ def stored(run) -> dict[str, bytes]:
     return {str(file.relative_to(run.folder)): file.read_bytes() for file in sorted(run.folder.glob("*/*/*"))}
 
 
-@pytest.mark.parametrize("moment", ["reading", "between the stores"])
+@pytest.mark.parametrize("moment", ["reading", "budget reached", "between the stores"])
 def test_killed_while_it_reads(corpus, tmp_path, monkeypatch, moment):
     """SIGKILL; then only what was not yet written is tokenised, and the stores are those of an undisturbed run."""
     monkeypatch.setattr(stage, "WINDOW", 20)
     monkeypatch.setattr(stage, "TEXTS_AT_ONCE", 5)
-    undisturbed = stored(make(tmp_path / "undisturbed", corpus))
+    budget = {"tokens": 6000} if moment == "budget reached" else {}
+    data = {role: {"path": str(corpus / f"{role}.jsonl"), **budget} for role in WORDS}
+    undisturbed = stored(make(tmp_path / "undisturbed", corpus, data=data))
     if (child := os.fork()) == 0:
         if moment == "reading":
             reading = Source.texts
@@ -151,9 +153,18 @@ def test_killed_while_it_reads(corpus, tmp_path, monkeypatch, moment):
                     yield text
 
             monkeypatch.setattr(Source, "texts", dying)
+        elif moment == "budget reached":
+            add = StoreWriter.add
+
+            def dying_add(writer, documents, state):
+                if not documents:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                add(writer, documents, state)
+
+            monkeypatch.setattr(StoreWriter, "add", dying_add)
         else:
             monkeypatch.setattr(StoreWriter, "finish", lambda writer: os.kill(os.getpid(), signal.SIGKILL))
-        make(tmp_path / "killed", corpus)
+        make(tmp_path / "killed", corpus, data=data)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not list((tmp_path / "killed").rglob("train/*/store.json"))
@@ -166,9 +177,29 @@ def test_killed_while_it_reads(corpus, tmp_path, monkeypatch, moment):
         return tokenise(iter(some), *rest)
 
     monkeypatch.setattr(stage, "documents", counting)
-    assert stored(make(tmp_path / "killed", corpus)) == undisturbed
-    # three windows of 20 long documents, and a few short and held-out ones, had been written
-    assert tokenised[0] < DOCUMENTS - 40 if moment == "reading" else tokenised == [DOCUMENTS]  # the other role alone
+    assert stored(make(tmp_path / "killed", corpus, data=data)) == undisturbed
+    if moment == "reading":  # three windows of 20 long documents, and a few short and held-out ones, had been written
+        assert tokenised[0] < DOCUMENTS - 40
+    else:  # the other role alone
+        assert tokenised == [DOCUMENTS]
+
+
+def test_text_that_changed_between_two_attempts_is_refused(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "WINDOW", 20)
+    file = tmp_path / "retain.jsonl"
+    lines = (corpus / "retain.jsonl").read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines[:80], "{broken\n", *lines[80:]]))
+    data = {"retain": {"path": str(file)}, "forget": {"path": str(corpus / "forget.jsonl")}}
+    tokenizer = str(make(tmp_path / "first", corpus).folder / "tokenizer")
+    monkeypatch.setattr(stage, "TEXTS_AT_ONCE", 5)
+    with pytest.raises(ConfigError, match=r"retain\.jsonl line 81: is not JSON"):
+        make(tmp_path / "runs", corpus, data=data, tokenizer=tokenizer)
+    file.write_text("".join(lines[10:]))
+    with pytest.raises(ConfigError, match="the text has changed since it was read in part"):
+        make(tmp_path / "runs", corpus, data=data, tokenizer=tokenizer)
+    file.write_text("".join(lines))
+    made = make(tmp_path / "runs", corpus, data=data, tokenizer=tokenizer)
+    assert stored(made) == stored(make(tmp_path / "undisturbed", corpus, data=data, tokenizer=tokenizer))
 
 
 @pytest.mark.parametrize(

@@ -188,12 +188,13 @@ def undo_is_on_the_front(strength: Literal["moderate", "whole"]) -> Callable[[Re
         if len(steps) < 3:
             return
         step = steps[1 if strength == "moderate" else 2]
-        points: dict[str, list[tuple[float, float]]] = {}
-        for a in results.attacked:
-            if a.label in ("reference", "oracle") or a.label.startswith(("matched", "distilled")):
-                continue  # no method of unlearning, or one that costs a whole distillation
-            points.setdefault(a.label, []).append((a.model.facts["evaluation"]["retain"], a.worst_case[step]))
-        medians = {label: (median(p[0] for p in ps), median(p[1] for p in ps)) for label, ps in points.items()}
+        medians = {
+            label: (
+                median(a.model.facts["evaluation"]["retain"] for a in members),
+                median(a.worst_case[step] for a in members),
+            )
+            for label, members in results.compared.items()
+        }
         ours = [label for label in medians if label.startswith("undo_")]
         if not ours or len(ours) == len(medians):
             return

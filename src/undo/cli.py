@@ -12,7 +12,7 @@ from rich.table import Table
 
 from undo.config import ConfigError, parse_overrides, validate
 from undo.display import LiveTable, si
-from undo.experiment import Cost, Costs, PlannedRun, check, find_configs, jobs, plan, select, wanted
+from undo.experiment import Cost, Costs, PlannedRun, check, find_configs, jobs, pick, plan, wanted
 from undo.launch import run_jobs
 from undo.run import INTERRUPTED, Interrupted, Run
 from undo.stage import Stage
@@ -29,9 +29,9 @@ def main(stage: Stage) -> None:
     def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
         found = find_configs(args.config, stage.name)
         check_extra(args.extra, found)
-        sources = wanted(found, stage.name, args.extra, args.only)
-        runs = plan(stage, sources, parse_overrides(args.overrides), args.runs)
-        return select(runs, args.only), found[0].parent
+        overrides = parse_overrides(args.overrides)
+        main = plan(stage, wanted(found, stage.name, args.extra), overrides, args.runs)
+        return pick(main, lambda: plan(stage, found, overrides, args.runs), args.only), found[0].parent
 
     sys.exit(guarded(lambda: launch(arguments.parse_intermixed_args(), planned)))
 

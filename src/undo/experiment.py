@@ -2,7 +2,7 @@
 
 import fnmatch
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -55,10 +55,10 @@ def sources(folder: Path, stage: str) -> list[Path]:
     return [*folder.glob(f"{stage}.yaml"), *sorted(folder.glob(f"{stage}_*.yaml"))]
 
 
-def wanted(found: Sequence[Path], stage: str, extra: Sequence[str], only: str | None) -> list[Path]:
-    """The main YAML and <stage>_<name>.yaml for each name in `extra`; all of them where `only` picks from the runs."""
+def wanted(found: Sequence[Path], stage: str, extra: Sequence[str]) -> list[Path]:
+    """The main YAML of a stage, and <stage>_<name>.yaml for each name in `extra`."""
     names = {*(path.stem for path in found[:1]), *(f"{stage}_{name}" for name in extra)}
-    return [path for path in found if only is not None or path.stem in names]
+    return [path for path in found if path.stem in names]
 
 
 def plan(stage: Stage, sources: Sequence[Path], overrides: Mapping[str, Any], runs: Path) -> list[PlannedRun]:
@@ -110,6 +110,15 @@ def select(planned: Sequence[PlannedRun], pattern: str | None, with_parents: boo
             if run.name in chosen:
                 chosen.update(run.config.parents())
     return [p for p in planned if p.name in chosen]
+
+
+def pick(
+    main: Sequence[PlannedRun], every: Callable[[], Sequence[PlannedRun]], only: str | None, with_parents: bool = False
+) -> list[PlannedRun]:
+    """`select` from the main experiments; from all of them, `every`, where `only` matches none of the main ones."""
+    if only is not None and not any(matches(run.name, only) for run in main):
+        return select(every(), only, with_parents)
+    return select(main, only, with_parents)
 
 
 def check(planned: Sequence[PlannedRun], force: bool) -> None:

@@ -73,8 +73,8 @@ def of_documents(
         (weights,) = torch.autograd.grad(value, nll)
     if not torch.is_grad_enabled():
         return value.detach()
-    parts = [linear_loss(h, head, target, w[document[0]]) for h, w in zip(read, weights, strict=True)]
-    weighted = torch.stack(parts).sum()
+    every = CrossEntropy(target.labels.repeat(len(read)))  # all at once: one gradient of the head, not one for each
+    weighted = linear_loss(torch.cat(read), head, every, weights[:, document[0]].flatten())
     return weighted + (value - weighted).detach()  # the gradient of the first, the value of the second
 
 
@@ -239,16 +239,14 @@ class LoweredKL(ForwardKL):
 
     def lower(self, q: Logits, chunk: slice) -> None:
         """Change the teacher's logits of a chunk, and their log-sum-exp, in place."""
-        labels = self.labels[chunk, None]
-        logit = torch.zeros_like(q.log_z)
-        start = 0
+        labels, start, sums = self.labels[chunk, None], 0, []
         for tile in q.tiles:
             here = ((labels >= start) & (labels < start + tile.shape[1])).to(tile.dtype)
             column = (labels - start).clamp(0, tile.shape[1] - 1)
-            logit += here * q.scale * tile.gather(1, column)
             tile.scatter_add_(1, column, -here * (self.strength / q.scale))
+            sums.append((tile * q.scale).logsumexp(1, keepdim=True))  # anew: a sure label would cancel
             start += tile.shape[1]
-        q.log_z = q.log_z + torch.log1p((logit - q.log_z).exp() * math.expm1(-self.strength))
+        q.log_z = torch.cat(sums, 1).logsumexp(1, keepdim=True)
 
 
 Target = CrossEntropy | UniformKL | ForwardKL | LoweredKL

@@ -61,7 +61,7 @@ def recorded(model: Gemma2ForCausalLM, tokens: Tokens) -> tuple[list[Tensor], li
         for block in model.model.layers:
             for module, outputs in ((block, blocks), (cast(nn.Module, block.mlp), mlps)):
                 hooks.append(module.register_forward_hook(lambda _, __, output, to=outputs: to.append(output)))
-        hidden_states(model, tokens)
+        hidden_states(model, tokens, len(model.model.layers) - 1)  # block by block: a compiled body may skip hooks
     finally:
         for hook in hooks:
             hook.remove()

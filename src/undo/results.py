@@ -132,10 +132,10 @@ class Results:
     def robustness(self, attacked: Attacked) -> float | None:
         """(P - P_unlearned) / (P_oracle - P_unlearned) after the last relearning step (Figure 5).
 
-        Unlearned is the model's own teacher, or the model itself where it is an unlearned one; None where the teacher
-        or the oracle of the seed has not been attacked, or where the two are equal.
+        Unlearned is as in `unlearned_of`; None where it or the oracle of the seed has not been attacked, or where the
+        two are equal.
         """
-        unlearned = self.teacher_of(attacked) if "teacher" in attacked.model.config else attacked
+        unlearned = self.unlearned_of(attacked)
         oracle = self.oracle_of(attacked)
         if attacked.label == "reference" or oracle is None:
             return None
@@ -149,6 +149,26 @@ class Results:
         """The model it was distilled from, if that has been attacked too."""
         name = attacked.model.config.get("teacher")
         return next((a for a in self.attacked if a.model.name == name), None)
+
+    def unlearned_of(self, attacked: Attacked) -> Attacked | None:
+        """What a model's robustness starts from: its own teacher; itself, where a later stage could start from it; for
+        any other model without a teacher (SAM, ...) the unlearned model of its seed."""
+        if "teacher" in attacked.model.config:
+            return self.teacher_of(attacked)
+        if attacked.label.startswith("unlearned"):
+            return attacked
+        return next((a for a in self.attacked if a.label == "unlearned" and a.model.seed == attacked.model.seed), None)
+
+    @cached_property
+    def compared(self) -> dict[str, list[Attacked]]:
+        """Who takes part in Figure 7, by label: every unlearning method, and UNDO at alpha = 0.6, beta = 0.1 over its
+        retain thresholds (Section 6)."""
+        groups: dict[str, list[Attacked]] = {}
+        for a in self.attacked:
+            undo = a.label == "undo_0.6" or a.label.startswith("undo_0.6_within_")
+            if undo or ("teacher" not in a.model.config and a.label not in ("reference", "oracle")):
+                groups.setdefault(a.label, []).append(a)
+        return groups
 
     def compute(self, attacked: Attacked) -> float | None:
         """S_student / S_oracle, S = training steps (Figure 5); None without the oracle."""

@@ -124,20 +124,20 @@ def unlearning_sweep(results: Results) -> str | None:
     same = paper_setting == results.setting
     taught = {run.config["teacher"] for stage in ("distill", "undo") for run in results.of(stage)}
     rows = []
-    for run in sorted(runs, key=lambda r: (r.config["method"]["name"], r.seed, r.config["training"]["learning_rate"])):
+    for run in sorted(runs, key=lambda r: (r.config["variant"], r.seed, r.config["training"]["learning_rate"])):
         method, rate = run.config["method"]["name"], run.config["training"]["learning_rate"]
-        chosen = run.name in taught
-        printed = UNLEARNING.get(paper_setting, {}).get(method, {})
+        variant, chosen = run.config["variant"], run.name in taught
+        printed = UNLEARNING.get(paper_setting, {}).get(method, {}) if variant == method else {}
         where = rate if same else CHOSEN.get(paper_setting, {}).get(method) if chosen else None
         theirs = next((sweep for r, sweep in printed.items() if where is not None and abs(r / where - 1) < 1e-6), None)
         ours = _measured(run)
-        cells = [method, f"{rate:g}", str(run.seed), *_arrows(ours)]
+        cells = [variant, f"{rate:g}", str(run.seed), *_arrows(ours)]
         if paper_setting in UNLEARNING:
             cells += _arrows(theirs) if theirs else ["-", "-"]
         if same and paper_setting in UNLEARNING:
             cells += _differences(ours, theirs) if theirs else ["-", "-"]
         rows.append([f"**{cell}**" if chosen and cell != "-" else cell for cell in cells])
-    header = ["method", "rate", "seed", "retain", "forget"]
+    header = ["variant", "rate", "seed", "retain", "forget"]
     if paper_setting not in UNLEARNING:
         return markdown(header, rows)
     header += ["paper: retain", "paper: forget"]

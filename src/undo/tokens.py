@@ -172,9 +172,9 @@ class StoreWriter:
 
     def finish(self) -> "TokenStore":
         facts = {"length": self.length, "vocab_size": self.vocab_size, "width": self.width}
-        (self._partial / "store.json").write_text(json.dumps(facts))
-        self._progress.unlink(missing_ok=True)
+        write_atomically(self._partial / "store.json", json.dumps(facts))
         self._partial.rename(self.folder)
+        (self.folder / self._progress.name).unlink(missing_ok=True)
         return TokenStore(self.folder)
 
     def _append(self, name: str, numbers: np.ndarray) -> None:

@@ -15,17 +15,17 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
     """Three panels: no attack, a moderate one (40 of the paper's 500 steps, or that share of fewer), the whole attack.
 
     x: retain performance before the attack; y: worst-case forget performance. Points are medians over seeds, bars their
-    range, the line is the Pareto front; reference and oracle are shown, and take no part in it.
+    range, the line is the Pareto front; reference and oracle are shown, and take no part in it. UNDO is shown as in
+    Section 6: alpha = 0.6, beta = 0.1, over its retain thresholds.
     """
     from undo.figures.style import INK, color_of, panels
     from undo.results import pareto_front
 
-    groups: dict[str, list[Attacked]] = {}
-    for attacked in results.attacked:
-        if not attacked.label.startswith("matched_") and "_beta_" not in attacked.label:  # Figures 2 and 6
-            groups.setdefault(attacked.label, []).append(attacked)
-    if not groups:
-        return Missing("an attacked model", "relearn/*")
+    if not results.compared:
+        return Missing("an attacked model that something was unlearned in", "relearn/unlearned*")
+    shown = ("reference", "oracle")
+    groups = {label: [a for a in results.attacked if a.label == label] for label in shown} | results.compared
+    groups = {label: members for label, members in groups.items() if members}
     chosen = results.attack_steps
     figure, axes = panels(len(chosen), sharey=False)
     for axis, step in zip(axes, chosen, strict=True):
@@ -46,7 +46,7 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
                 elinewidth=0.7,
                 label=describe(members[0]) if axis is axes[0] else None,
             )
-            if label not in ("reference", "oracle"):
+            if label not in shown:
                 points[label] = (x, y)
         front = sorted(points[label] for label in pareto_front(points, results.attacked[0].model.higher_is_better))
         axis.plot([p[0] for p in front], [p[1] for p in front], color=INK, linewidth=0.8, linestyle="--", zorder=0)
@@ -58,7 +58,7 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
 
 
 def _marker(attacked: Attacked) -> str:
-    """A star for models that nothing was unlearned in, a square for distilled ones, a triangle for other thresholds."""
+    """A star for models that nothing was unlearned in, a triangle for other thresholds, its own for a baseline."""
     from undo.figures.style import BASELINES, MARKS
 
     kind = attacked.label.partition("_")[0]
@@ -66,6 +66,4 @@ def _marker(attacked: Attacked) -> str:
         return MARKS[BASELINES.index(kind)]
     if kind in ("reference", "oracle"):
         return "*"
-    if "_within_" in attacked.label:
-        return "^"
-    return "s" if kind == "distilled" else "o"
+    return "^" if "_within_" in attacked.label else "o"

@@ -13,7 +13,10 @@ class GradDiff(Method):
     def objective(self, model, reference, rng):
         from undo.losses import cross_entropy
 
-        return lambda batch: {
-            "forget": -cross_entropy(model, batch["forget"]),
-            "retain": self.alpha * cross_entropy(model, batch["retain"]),
-        }
+        def terms(batch):
+            found = {"forget": -cross_entropy(model, batch["forget"])}
+            if self.alpha:
+                found["retain"] = self.alpha * cross_entropy(model, batch["retain"])
+            return found
+
+        return terms

@@ -13,7 +13,7 @@ class NPO(Method):
     """
 
     name: Literal["npo"] = "npo"
-    presets: ClassVar = {"official": {"beta": 0.1}, "sam_npo": {"beta": 0.0225}}
+    presets: ClassVar = {"official": {"beta": 0.1}}
 
     beta: Positive = 0.1
     retain_weight: NonNegative = 1.0
@@ -51,16 +51,20 @@ class NPO(Method):
 
 
 class SimNPO(Method):
-    """-(2 / beta) E log sigmoid(beta NLL / length - gamma) + retain_weight L_retain. Fan et al. (2024), eq. 4."""
+    """-forget_weight (2 / beta) E log sigmoid(beta NLL / length - gamma) + retain_weight L_retain.
+
+    Fan et al. (2024), eq. 4; E is the mean over documents (pieces of at most a row).
+    """
 
     name: Literal["simnpo"] = "simnpo"
     presets: ClassVar = {
-        "official": {"beta": 2.5, "gamma": 0.0},
-        "open_unlearning": {"beta": 4.5, "gamma": 0.125},
+        "official": {"beta": 2.5, "gamma": 0.0, "forget_weight": 0.1375},  # TOFU, forget05
+        "open_unlearning": {"beta": 4.5, "gamma": 0.0, "forget_weight": 0.125},  # its delta is gamma, its gamma this
     }
 
     beta: Positive = 2.5
-    gamma: NonNegative = 0.0
+    gamma: NonNegative = 0.0  # the margin
+    forget_weight: Positive = 1.0
     retain_weight: NonNegative = 1.0
 
     def objective(self, model, reference, rng):
@@ -77,7 +81,7 @@ class SimNPO(Method):
                 forget,
                 lambda nll, length: -2 / self.beta * logsigmoid(self.beta * nll[0] / length - self.gamma),
             )
-            found = {"forget": loss / forget.documents}
+            found = {"forget": self.forget_weight * loss / forget.documents}
             if self.retain_weight:
                 found["retain"] = self.retain_weight * cross_entropy(model, batch["retain"])
             return found

@@ -1,6 +1,6 @@
 from typing import ClassVar, Literal
 
-from undo.config import ConfigError, Count, NonNegative
+from undo.config import Count, NonNegative
 from undo.methods.on_top import OnTop
 from undo.prepare_models import ReducedGemma2
 
@@ -13,52 +13,45 @@ class RepNoise(OnTop):
     Table 7 calls the weights alpha (noise) and beta (ascent), the code of both papers the other way round: so we give
     them names. Both terms are taken by document, so that micro-batches add up; the published code takes whole batches,
     in which an activation sequence is one point of 10^6 dimensions.
-    `pairing: paired`: only positions at which the forget batch differs from the retain batch, as published, for data
-    that was made in pairs; `unpaired`: all of them, which is what that mask comes to on unrelated texts.
+    This is the unpaired variant: all forget positions. The published one compares a harmful with a harmless answer to
+    the same prompt, and looks at the positions where they differ; packed rows of two corpora keep no such pairs, and on
+    unrelated texts, as in UNDO, that mask comes to all positions.
     """
 
     name: Literal["repnoise"] = "repnoise"
     presets: ClassVar = {
-        "official": {"noise_weight": 0.001, "ascent_weight": 1.0, "pairing": "paired"},
+        "official": {"noise_weight": 0.001, "ascent_weight": 1.0},
         "undo_paper": {"noise_weight": 1.0, "ascent_weight": 1.0},
     }
 
     noise_weight: NonNegative = 0.1
     ascent_weight: NonNegative = 0.001
-    pairing: Literal["unpaired", "paired"] = "unpaired"
     sample: Count = 128  # positions of a document that are compared with noise, at most
 
     def objective(self, model, reference, rng):
-        from dataclasses import replace
-
         import torch
 
         from undo.losses import noise_distance, of_documents
         from undo.models import head, recorded
-        from undo.tokens import IGNORE
 
         base = self.base.objective(model, reference, rng)
         seed = int(torch.randint(2**62, (), generator=rng))
 
         def terms(batch):
-            forget, retain = batch["forget"], batch["retain"]
-            if self.pairing == "paired":
-                if forget.input_ids.shape != retain.input_ids.shape:
-                    raise ConfigError("method.pairing=paired needs forget and retain rows in pairs of equal length")
-                same = forget.input_ids == retain.input_ids
-                forget = replace(forget, labels=forget.labels.masked_fill(same, IGNORE))
+            found, forget = base(batch), batch["forget"]
             blocks, mlps = recorded(model, forget)
-            ascent = of_documents(
-                [model.model.norm(block) for block in blocks],
-                head(model),
-                forget,
-                lambda nll, length: torch.log1p((nll / length).mean(0)),
-            )
-            noise = noise_distance(mlps, forget, self.sample, seed)
-            return base(batch) | {
-                "noise": self.noise_weight * noise / forget.documents,
-                "ascent": -self.ascent_weight * ascent / forget.documents,
-            }
+            if self.noise_weight:
+                noise = noise_distance(mlps, forget, self.sample, seed)
+                found["noise"] = self.noise_weight * noise / forget.documents
+            if self.ascent_weight:
+                ascent = of_documents(
+                    [model.model.norm(block) for block in blocks],
+                    head(model),
+                    forget,
+                    lambda nll, length: torch.log1p((nll / length).mean(0)),
+                )
+                found["ascent"] = -self.ascent_weight * ascent / forget.documents
+            return found
 
         return terms
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import chain, islice
@@ -136,17 +137,32 @@ def split_text(
         return [TokenStore(train), TokenStore(validation)]
     writer = StoreWriter(train, cfg.length, vocab_size)
     rng = np.random.default_rng([cfg.seed, ROLES.index(role)])
-    state = writer.state or {"documents": 0, "held_out": [], "rng": rng.bit_generator.state, "complete": False}
+    state = writer.state or {
+        "documents": 0,
+        "held_out": [],
+        "rng": rng.bit_generator.state,
+        "complete": False,
+        "last": 0,
+    }
     rng.bit_generator.state = state["rng"]
     held_out = [np.array(ids, dtype=np.uint32) for ids in state["held_out"]]
-    read = state["documents"]
+    read, last = state["documents"], state["last"]  # documents, and a checksum of the last one's tokens
 
     def training() -> Iterator[np.ndarray]:
-        nonlocal read
+        nonlocal read, last
         room, tokens = cfg.validation_tokens - sum(map(len, held_out)), writer.tokens
-        texts = islice(source.texts(), read, None)
-        for ids in documents(texts, tokenizer, f"train/{role}", source.tokens, read, tokens):
-            read += 1
+        if source.tokens is not None and tokens >= source.tokens:
+            return
+        again = min(read, 1)  # the last document that an earlier attempt read: is it still where it was?
+        texts = islice(source.texts(), read - again, None)
+        found = documents(texts, tokenizer, f"train/{role}", source.tokens, read - again, tokens)
+        if again and zlib.crc32(next(found, np.zeros(0)).tobytes()) != last:
+            raise ConfigError(
+                f"data.{role}: the text has changed since it was read in part; its document {read:,} is another one\n"
+                f"prepare it afresh with --force"
+            )
+        for ids in found:
+            read, last = read + 1, zlib.crc32(ids.tobytes())
             if len(ids) < cfg.shortest:
                 continue
             if rng.random() < cfg.validation_share and room > 0:
@@ -160,7 +176,8 @@ def split_text(
 
     def reached(complete: bool) -> dict[str, Any]:
         kept = [ids.tolist() for ids in held_out]
-        return {"documents": read, "held_out": kept, "rng": rng.bit_generator.state, "complete": complete}
+        state = {"documents": read, "last": last, "held_out": kept, "complete": complete}
+        return state | {"rng": rng.bit_generator.state}
 
     if not state["complete"]:
         for window in batched(training(), WINDOW, WINDOW_TOKENS):
