@@ -3,7 +3,7 @@
     uv run run_all.py demo [stage.key=value ...] [--only GLOB] [--with NAME] [--dry-run] [--force]
 
 The stages are one graph of jobs: a run starts as soon as its own parents are done. Overrides carry the name of their
-stage (undo.noise.beta=0.5); seed and sweep.seed go to every stage that has a seed.
+stage (undo.noise.beta=0.5); seed and sweep.seed go to every stage that trains.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from undo import cli
 from undo.config import ConfigError, parse_overrides
 from undo.experiment import PlannedRun, find_configs, pick, plan, sources, wanted
 from undo.prepare_data import prepare
+from undo.stage import TrainingStage
 from undo.tables import hyperparameters
 
 STAGES = {
@@ -38,7 +39,7 @@ def route(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
             routed[stage][rest] = value
         elif key in ("seed", "sweep.seed"):
             for name, known in STAGES.items():
-                if "seed" in known.schema.model_fields:
+                if issubclass(known.schema, TrainingStage):  # the data stay the same
                     routed[name][key] = value
         else:
             raise ConfigError(f"{key!r}: say which stage it is for, as in pretrain.{key}; stages: {', '.join(STAGES)}")

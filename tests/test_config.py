@@ -232,3 +232,13 @@ def test_experiments_beside_the_main_one(tmp_path, monkeypatch):
     shutil.copy(folder / "unlearn.yaml", folder / "unlearn_again.yaml")
     with pytest.raises(ConfigError, match=r"is a run of .*unlearn\.yaml already"):
         planned("--with", "again")
+
+
+def test_seeds_of_a_whole_setting_are_those_of_training(tmp_path):
+    """The README's way to three seeds: the data are prepared once, with their own seed."""
+    args = run_all.cli.parser("").parse_intermixed_args(["demo", "sweep.seed=[0,1,2]", "--runs", str(tmp_path)])
+    runs, _ = run_all.planned(args)
+    assert [run.name for run in runs if run.stage.name == "prepare"] == ["prepare/data"]
+    one = run_all.planned(run_all.cli.parser("").parse_intermixed_args(["demo", "--runs", str(tmp_path)]))[0]
+    assert len(runs) == 3 * (len(one) - 1) + 1
+    assert run_all.route({"seed": 7})["prepare"] == {}
