@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import SHAPE, batch, lively
 
-from undo.losses import mmd
 from undo.methods import SAM, UAM, GradDiff, MaxEnt, RepNoise, UnlearningMethod
+from undo.methods.discrepancy import mmd
 from undo.methods.method import Method
 from undo.methods.npo import NPO, SimNPO
 from undo.methods.rmu import RMU

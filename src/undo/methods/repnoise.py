@@ -31,7 +31,8 @@ class RepNoise(OnTop):
     def objective(self, model, reference, rng):
         import torch
 
-        from undo.losses import noise_distance, of_documents
+        from undo.losses import of_documents
+        from undo.methods.discrepancy import noise_distance
         from undo.models import head, recorded
 
         base = self.base.objective(model, reference, rng)
