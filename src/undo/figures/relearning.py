@@ -100,5 +100,6 @@ def describe(attacked: Attacked) -> str:
     kind, _, method = attacked.label.partition("_")
     names = {"unlearned": "unlearn only", "distilled": "unlearn and distill"}
     if kind in names:
+        method = method or attacked.model.config.get("method", {}).get("name", "")
         return names[kind] + (f", {METHODS.get(method, method)}" if method else "")
     return METHODS.get(kind, kind) + (f" {method.replace('_', ', ')}" if method else "")
