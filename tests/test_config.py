@@ -13,7 +13,7 @@ import run_all
 from run_pretrain import Pretrain
 from run_unlearn import Unlearn
 from undo.config import ConfigError, StageConfig, differences, expand, parse_overrides, read_yaml, validate
-from undo.experiment import STAGES, find_configs, plan, sources
+from undo.experiment import STAGES, check, find_configs, plan, sources
 
 DEMO = ROOT / "configs" / "demo"
 SETTINGS = sorted({path.parent for path in (ROOT / "configs").glob("*/*.yaml")})
@@ -242,3 +242,17 @@ def test_seeds_of_a_whole_setting_are_those_of_training(tmp_path):
     one = run_all.planned(run_all.cli.parser("").parse_intermixed_args(["demo", "--runs", str(tmp_path)]))[0]
     assert len(runs) == 3 * (len(one) - 1) + 1
     assert run_all.route({"seed": 7})["prepare"] == {}
+
+
+def test_text_that_is_not_there_is_said_before_anything_starts(tmp_path):
+    """Once, and not as the failure of all that stands on it."""
+    stage = run_all.STAGES["prepare"]
+    path = {"data.retain.path": str(tmp_path / "*.txt")}
+    planned = plan(stage, sources(ROOT / "configs/language_small", "prepare"), path, tmp_path)
+    with pytest.raises(ConfigError) as error:
+        check(planned, force=False)
+    assert str(error.value).splitlines() == [
+        f"data.retain: {tmp_path}/*.txt: there is no such file",
+        "give your own files with prepare.data.retain.path=...",
+    ]
+    assert not planned[0].directory.folder.exists()

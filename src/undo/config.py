@@ -106,6 +106,9 @@ class StageConfig(Frozen):
     variant: str = ""  # the row of the results table that the run belongs to
     execution: Execution = Execution()
 
+    def check(self) -> None:
+        """Raises ConfigError for what can be seen to be wrong outside the config before anything is started."""
+
     def parents(self) -> tuple[str, ...]:
         """The names of the runs whose results this one reads: all fields of type RunName, in order."""
         names = [

@@ -49,14 +49,17 @@ class LiveTable:
         counts = Counter(self._state.values())
         summary = ", ".join(f"{counts[s]} {s}" for s in ("done", "skipped", "failed", "waiting") if counts[s])
         self._console.print(f"{summary} in {duration(time.monotonic() - self._begin)}")
+        not_run: dict[str, list[str]] = {}
         for name, state in self._state.items():
-            if state == "failed":
+            if state == "failed" and self._detail[name].startswith("not run"):
+                not_run.setdefault(self._detail[name], []).append(name)
+            elif state == "failed":
                 self._console.print(f"[red]failed[/] {name}: ", end="", highlight=False)
                 self._console.print(self._detail[name], markup=False, highlight=False, soft_wrap=True)
-                if not self._detail[name].startswith("not run"):
-                    self._console.print(
-                        f"       log: {self._planned[name].directory.log}", soft_wrap=True, highlight=False
-                    )
+                self._console.print(f"       log: {self._planned[name].directory.log}", soft_wrap=True, highlight=False)
+        for reason, names in not_run.items():  # one cause, one line
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            self._console.print(f"{reason}: {some}", markup=False, highlight=False, soft_wrap=True)
 
     def changed(self, run: RunDirectory, state: str, detail: str = "") -> None:
         self._state[run.name], self._detail[run.name] = state, detail

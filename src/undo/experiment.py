@@ -128,6 +128,8 @@ def check(planned: Sequence[PlannedRun], force: bool) -> None:
         execution = run.config.execution
         check_devices(DeviceShare(execution.runs_per_gpu, execution.threads))
         check_token(run.config)
+        if not run.directory.done:
+            run.config.check()
         for parent in run.config.parents():
             if parent not in names and not run.directory.sibling(parent).done:
                 raise ConfigError(

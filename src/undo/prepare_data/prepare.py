@@ -55,6 +55,15 @@ class Prepare(StageConfig):
     validation_tokens: Count = 500_000  # of each role's text, at most
     seed: int = 42  # of the split into training and validation
 
+    def check(self) -> None:
+        for role, source in self.data.items():
+            try:
+                source.files()
+            except ConfigError as error:
+                raise ConfigError(
+                    f"data.{role}: {error}\ngive your own files with prepare.data.{role}.path=..."
+                ) from None
+
     @model_validator(mode="after")
     def _every_role_has_one_origin(self) -> Self:
         generated = set(OPERATIONS) if self.world else set()
