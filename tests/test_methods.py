@@ -22,6 +22,7 @@ METHODS = [
     *(kind(**NEEDED.get(kind.model_fields["name"].default, {})) for kind in KINDS),
     RMU(layer=1, trained_layers=(1,), c=2.0, alpha=3.0, direction="uniform", coefficient="adaptive"),
     UAM(loss="representation", layer=1, trained_layers=(0, 1)),
+    MaxEnt(alpha=0.3, retain="kl", convex=True),
     RepNoise(base=RMU(layer=1, trained_layers=(0, 1)), noise_weight=1.0, ascent_weight=0.5),
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
@@ -186,16 +187,23 @@ def test_a_key_beside_a_preset_wins():
         (RMU, "published_zephyr", {"layer": 7, "c": 6.5, "alpha": 1200, "direction": "uniform"}),
         (RMU, "undo_paper", {"layer": 11, "trained_layers": (5, 6, 7, 8, 9, 10, 11), "c": 6.5, "alpha": 1200}),
         (RMU, "undo_paper_arithmetic", {"layer": 11, "c": 6, "alpha": 200, "direction": "normal"}),
-        (UNDIAL, "official", {"strength": 5, "retain_weight": 0}),
+        (UNDIAL, "faithful", {"strength": 5, "retain_weight": 0}),
         (UNDIAL, "open_unlearning", {"strength": 10}),
-        (NPO, "official", {"beta": 0.1}),
-        (SimNPO, "official", {"beta": 2.5, "gamma": 0, "forget_weight": 0.1375}),
+        (NPO, "faithful", {"beta": 0.1}),
+        (SimNPO, "faithful", {"beta": 2.5, "gamma": 0, "forget_weight": 0.1375}),
         (SimNPO, "open_unlearning", {"beta": 4.5, "gamma": 0, "forget_weight": 0.125}),
+        (GradDiff, "faithful", {"alpha": 1, "convex": False}),
+        (GradDiff, "faithful_arithmetic", {"alpha": 15}),
+        (MaxEnt, "faithful", {"alpha": 1, "retain": "cross_entropy", "convex": False}),
+        (MaxEnt, "undo_paper_wmdp", {"alpha": 0.3, "retain": "kl", "convex": True}),
+        (RMU, "faithful", {"layer": 11, "trained_layers": (5, 6, 7, 8, 9, 10, 11), "c": 6.5, "alpha": 1200}),
+        (RMU, "undo_paper_wmdp", {"layer": 15, "trained_layers": (10, 11, 12, 13, 14, 15), "c": 80, "convex": True}),
+        (RepNoise, "faithful", {"noise_weight": 1, "ascent_weight": 1}),
         (SAM, "official", {"rho": 0.01, "ascent": "forget"}),
-        (SAM, "undo_paper", {"rho": 0.01, "ascent": "total"}),
+        (SAM, "faithful", {"rho": 0.01, "ascent": "total"}),
         (RepNoise, "official", {"noise_weight": 0.001, "ascent_weight": 1}),
         (UAM, "official", {"gamma": 0}),
-        (UAM, "equation_15", {"gamma": 1, "when": "always"}),
+        (UAM, "faithful", {"gamma": 1, "when": "always"}),
         (UAM, "language_model", {"gamma": 1.05, "layer": 7, "trained_layers": (5, 6, 7), "loss": "representation"}),
     ],
 )
@@ -237,6 +245,38 @@ def test_maxent_is_uniform_kl_on_forget_plus_cross_entropy_on_retain():
     terms = objective(data)
     torch.testing.assert_close(terms["uniform"].double(), uniform, rtol=1e-5, atol=0)
     torch.testing.assert_close(terms["retain"].double(), -log_p.gather(1, labels[:, None]).mean(), rtol=1e-5, atol=0)
+
+
+def test_maxent_on_wmdp_holds_to_the_start_model_and_shares_the_weight():
+    method = MaxEnt(alpha=0.3, retain="kl", convex=True)
+    model, reference, objective = setting(method)
+    moved(model, method)
+    data = roles()
+    log_p, _ = log_probabilities(model, data["forget"])
+    uniform = -log_p.mean(-1).mean() - math.log(SHAPE.vocab_size)
+    (log_p, _), (log_q, _) = (log_probabilities(m, data["retain"]) for m in (model, reference))
+    terms = objective(data)
+    torch.testing.assert_close(terms["uniform"].double(), 0.7 * uniform, rtol=1e-5, atol=0)
+    expected = 0.3 * (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    torch.testing.assert_close(terms["retain"].double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", [GradDiff, MaxEnt, RMU])
+def test_a_convex_loss_shares_one_weight_between_forget_and_retain(kind):
+    """(1 - alpha) forget + alpha retain (D.2.3), against the same terms with weights of their own."""
+    needed = NEEDED.get(kind.model_fields["name"].default, {})
+    plain = setting(kind(**{**needed, "alpha": 1.0}))[2](roles())
+    shared = setting(kind(**{**needed, "alpha": 0.2, "convex": True}))[2](roles())
+    for name, value in plain.items():
+        weight = 0.8 if name in kind(**needed).forget_terms else 0.2
+        torch.testing.assert_close(shared[name], weight * value)
+    with pytest.raises(ValueError, match="alpha must be between 0 and 1"):
+        kind(**{**needed, "alpha": 15.0, "convex": True})
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_method_has_a_faithful_preset(kind):
+    kind.model_validate({"preset": "faithful"}, strict=False)
 
 
 def test_rmu_pushes_to_c_u_and_holds_to_the_reference():

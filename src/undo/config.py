@@ -2,9 +2,11 @@
 
 One YAML is one experiment. Its special keys are `variants` (named sets of overrides), `sweep` (dotted key -> values,
 crossed) and `name` (a template such as "{variant}-lr_{training.learning_rate:g}-seed_{seed}"). A variant may have a
-`sweep` of its own, whose keys replace the common ones. `let` holds values that are no keys of a run, but are swept and
-filled in like them: the alpha of the model that an adversary attacks. Precedence, low to high: the YAML's own keys, the
-variant, the sweep, the command line. Nothing here imports torch.
+`sweep` of its own, whose keys replace the common ones. `adversaries` are named sets as well, crossed with the variants;
+the name of a run's is its key `adversary`. `let` holds values that are no keys of a run, but are swept and filled in
+like them: the alpha of the model that an adversary attacks. `points` holds such values too: the ones that were chosen
+from an earlier experiment's results. Precedence, low to high: the YAML's own keys, the variant, the adversary, the
+sweep, the command line. Nothing here imports torch.
 """
 
 import difflib
@@ -12,6 +14,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Final, Literal, Self, TypeVar, get_args
@@ -172,30 +175,39 @@ def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
         block, _, rest = key.partition(".")
         if block == "sweep" and rest:
             asked[rest] = value
-        elif block in ("sweep", "variants"):
+        elif block in ("sweep", "variants", "adversaries"):
             raise ConfigError(f"{key!r} cannot be set; set sweep.<key>=[...], or choose variants with --only")
         else:
             pinned[key] = value
-    variants, sweep = raw.pop("variants", None), raw.pop("sweep", None) or {}
+    sweep = raw.pop("sweep", None) or {}
+    variants, adversaries = raw.pop("variants", None), raw.pop("adversaries", None)
     if "variant" in pinned:  # a variant of the user's own, instead of the file's
         variants = None
-    if not isinstance(variants, dict | None) or not isinstance(sweep, dict):
-        raise ConfigError(f"{source}: `variants` and `sweep` must be mappings")
+    if not all(isinstance(block, dict | None) for block in (variants, adversaries, sweep)):
+        raise ConfigError(f"{source}: `variants`, `adversaries` and `sweep` must be mappings")
+    named = [
+        [{key: name, **(changes or {})} for name, changes in sets.items()]
+        for key, sets in (("variant", variants or {raw.get("variant", ""): {}}), ("adversary", adversaries))
+        if sets
+    ]
     runs: dict[str, Raw] = {}
-    for variant, changes in (variants or {raw.get("variant", ""): {}}).items():
-        changes = dict(changes or {})
-        points = {**sweep, **(changes.pop("sweep", None) or {}), **asked}
-        points = {key: values for key, values in points.items() if key not in pinned}
+    for chosen in itertools.product(*named):
+        base, points = raw, dict(sweep)
+        for changes in chosen:
+            base = _merge(base, {key: value for key, value in changes.items() if key != "sweep"})
+            points |= changes.get("sweep") or {}
+        points = {key: values for key, values in {**points, **asked}.items() if key not in pinned}
         for key, values in points.items():
             if not isinstance(values, list) or not values:
                 raise ConfigError(f"{source}: sweep.{key} must be a list with at least one value, got {values!r}")
         for point in itertools.product(*points.values()):
-            run = _merge(raw, {"variant": variant, **changes})
+            run = base
             for key, value in [*zip(points, point, strict=True), *pinned.items()]:
                 run = _merge(run, _nest(key, value))
             run["variant"] = _fill_in(run["variant"], _namespace(run), source)
             run = _fill_in(run, _namespace(run), source)
-            run.pop("let", None)
+            for key in ("let", "points"):
+                run.pop(key, None)
             name = str(run.get("name"))
             if name in runs and isinstance(run["name"], str):
                 raise ConfigError(
@@ -256,13 +268,15 @@ def _namespace(values: Any) -> Any:
 
 
 def _fill_in(values: Any, names: SimpleNamespace, source: str) -> Any:
-    """Replace {seed}, {training.learning_rate:g} and the like in every string."""
+    """Replace {seed}, {training.learning_rate:g} and the like in every string; a bare {points.<...>} stays a number."""
     if isinstance(values, dict):
         return {key: _fill_in(value, names, source) for key, value in values.items()}
     if isinstance(values, list):
         return [_fill_in(value, names, source) for value in values]
     if isinstance(values, str) and "{" in values:
         try:
+            if re.fullmatch(r"\{points\.[\w.]+\}", values):
+                return attrgetter(values[1:-1])(names)
             return values.format(**vars(names))
         except (KeyError, AttributeError, ValueError, IndexError) as error:
             raise ConfigError(f"{source}: cannot fill in {values!r}: no such key or format: {error}") from None
@@ -275,7 +289,7 @@ def _explain(error: ValidationError, schema: type[BaseModel], raw: Raw) -> str:
     path = _keys_only(first["loc"], raw)
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = [*_keys(schema), "sweep", "variants", "let"]
+        known = [*_keys(schema), "sweep", "variants", "adversaries", "let", "points"]
         leaf_like = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
             path[-1], [k.split(".")[-1] for k in known], n=1
         )

@@ -1,20 +1,19 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
-from undo.config import NonNegative
-from undo.methods.method import Method
+from undo.methods.method import Weighted
 
 
-class GradDiff(Method):
+class GradDiff(Weighted):
     """-L_forget + alpha L_retain, both cross entropies. Section 4, Method A; alpha is Appendix D.1's."""
 
     name: Literal["graddiff"] = "graddiff"
-    alpha: NonNegative = 1.0
+    presets: ClassVar = {"faithful": {"alpha": 1.0}, "faithful_arithmetic": {"alpha": 15.0}}  # D.1
 
     def objective(self, model, reference, rng):
         from undo.losses import cross_entropy
 
         def terms(batch):
-            found = {"forget": -cross_entropy(model, batch["forget"])}
+            found = {"forget": -self.forget_weight * cross_entropy(model, batch["forget"])}
             if self.alpha:
                 found["retain"] = self.alpha * cross_entropy(model, batch["retain"])
             return found

@@ -1,21 +1,46 @@
-from typing import Literal
+from typing import ClassVar, Literal
 
-from undo.methods.method import Method
+from undo.methods.method import Weighted
+from undo.prepare_models import ReducedGemma2
 
 
-class MaxEnt(Method):
-    """L_uniform + L_retain: KL(U || p) on forget tokens, cross entropy on retain tokens. Section 4, Method B."""
+class MaxEnt(Weighted):
+    """L_uniform + L_retain: KL(U || p) on forget tokens, cross entropy on retain tokens. Section 4, Method B.
+
+    On WMDP (Appendix D.2.3) it is (1 - alpha) L_uniform + alpha L_retain, and L_retain is KL(p_0 || p), p_0 the model
+    it started from: `convex` and `retain: kl`.
+    """
 
     name: Literal["maxent"] = "maxent"
+    presets: ClassVar = {
+        "faithful": {"alpha": 1.0, "retain": "cross_entropy"},
+        "undo_paper_wmdp": {"convex": True, "retain": "kl", "alpha": 0.3},  # Table 10, bio, the best
+    }
+
+    retain: Literal["cross_entropy", "kl"] = "cross_entropy"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.retain == "kl"
 
     @property
     def forget_terms(self) -> tuple[str, ...]:
         return ("uniform",)
 
+    @property
+    def zero_at_first(self) -> tuple[str, ...]:
+        return ("retain",) if self.retain == "kl" else ()
+
     def objective(self, model, reference, rng):
-        from undo.losses import cross_entropy, uniform_kl
+        from undo.losses import cross_entropy, forward_kl, uniform_kl
+
+        def retain(tokens):
+            return forward_kl(model, reference, tokens) if self.retain == "kl" else cross_entropy(model, tokens)
 
         return lambda batch: {
-            "uniform": uniform_kl(model, batch["forget"]),
-            "retain": cross_entropy(model, batch["retain"]),
+            "uniform": self.forget_weight * uniform_kl(model, batch["forget"]),
+            "retain": self.alpha * retain(batch["retain"]),
         }
+
+    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+        return round((3.5 if self.retain == "kl" else 3) * model.forward_flops(length))  # the reference on half of them

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from undo.config import Frozen
+from undo.config import Frozen, NonNegative
 from undo.prepare_models import ReducedGemma2
 
 if TYPE_CHECKING:
@@ -71,6 +71,23 @@ class Method(Frozen):
     def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
         """Of one step. The default: forward and backward through the whole model (3 forward passes)."""
         return 3 * model.forward_flops(length)
+
+
+class Weighted(Method):
+    """Base of methods whose loss is forget + alpha retain or, `convex`, (1 - alpha) forget + alpha retain (D.2.3)."""
+
+    alpha: NonNegative = 1.0
+    convex: bool = False
+
+    @model_validator(mode="after")
+    def _alpha_is_a_share(self) -> Self:
+        if self.convex and not 0 < self.alpha < 1:
+            raise ValueError(f"alpha must be between 0 and 1 where convex is true, not {self.alpha:g}")
+        return self
+
+    @property
+    def forget_weight(self) -> float:
+        return 1 - self.alpha if self.convex else 1.0
 
 
 class OnBlocks(Method):

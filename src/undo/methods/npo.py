@@ -13,7 +13,7 @@ class NPO(Method):
     """
 
     name: Literal["npo"] = "npo"
-    presets: ClassVar = {"official": {"beta": 0.1}}
+    presets: ClassVar = {"faithful": {"beta": 0.1}}
 
     beta: Positive = 0.1
     retain_weight: NonNegative = 1.0
@@ -58,7 +58,7 @@ class SimNPO(Method):
 
     name: Literal["simnpo"] = "simnpo"
     presets: ClassVar = {
-        "official": {"beta": 2.5, "gamma": 0.0, "forget_weight": 0.1375},  # TOFU, forget05
+        "faithful": {"beta": 2.5, "gamma": 0.0, "forget_weight": 0.1375},  # TOFU, forget05
         "open_unlearning": {"beta": 4.5, "gamma": 0.0, "forget_weight": 0.125},  # its delta is gamma, its gamma this
     }
 

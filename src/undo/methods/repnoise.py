@@ -20,8 +20,8 @@ class RepNoise(OnTop):
 
     name: Literal["repnoise"] = "repnoise"
     presets: ClassVar = {
+        "faithful": {"noise_weight": 1.0, "ascent_weight": 1.0},  # Table 7, D.2.6
         "official": {"noise_weight": 0.001, "ascent_weight": 1.0},
-        "undo_paper": {"noise_weight": 1.0, "ascent_weight": 1.0},
     }
 
     noise_weight: NonNegative = 0.1

@@ -1,14 +1,17 @@
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 from undo.config import NonNegative, Positive
-from undo.methods.method import OnBlocks
+from undo.methods.method import OnBlocks, Weighted
+
+LANGUAGE: Final = {"layer": 11, "trained_layers": [5, 6, 7, 8, 9, 10, 11], "c": 6.5, "alpha": 1200.0}  # Table 5, D.1
 
 
-class RMU(OnBlocks):
+class RMU(Weighted, OnBlocks):
     """L_misdirect + alpha L_preserve, squared errors of activations. Section 4, Method C; Table 5.
 
     On forget tokens the output of block `layer` is pushed to c u, u a random unit vector; on retain tokens it is held
-    to the reference model's. Only mlp.down_proj of the blocks `trained_layers` is trained.
+    to the reference model's. Only mlp.down_proj of the blocks `trained_layers` is trained. On WMDP (D.2.3) the loss is
+    (1 - alpha) L_misdirect + alpha L_preserve: `convex`.
     `direction`: u from a normal distribution (authors of UNDO), or from U[0, 1), which is nearly the all-ones vector
     (Li et al.'s code). `coefficient: adaptive`: c is multiplied by the norm of the reference's activation at that token
     (Adaptive RMU; its code takes one mean norm from the first batch, padding included).
@@ -16,6 +19,7 @@ class RMU(OnBlocks):
 
     name: Literal["rmu"] = "rmu"
     presets: ClassVar = {
+        "faithful": LANGUAGE,
         "official": {"layer": 7, "trained_layers": [5, 6, 7], "c": 20.0, "alpha": 100.0, "direction": "uniform"},
         "published_zephyr": {
             "layer": 7,
@@ -24,8 +28,15 @@ class RMU(OnBlocks):
             "alpha": 1200.0,
             "direction": "uniform",
         },
-        "undo_paper": {"layer": 11, "trained_layers": [5, 6, 7, 8, 9, 10, 11], "c": 6.5, "alpha": 1200.0},
-        "undo_paper_arithmetic": {"layer": 11, "trained_layers": [5, 6, 7, 8, 9, 10, 11], "c": 6.0, "alpha": 200.0},
+        "undo_paper": LANGUAGE,
+        "undo_paper_arithmetic": {**LANGUAGE, "c": 6.0, "alpha": 200.0},
+        "undo_paper_wmdp": {  # Table 9; alpha: Table 10, the best
+            "layer": 15,
+            "trained_layers": [10, 11, 12, 13, 14, 15],
+            "c": 80.0,
+            "alpha": 0.5,
+            "convex": True,
+        },
     }
 
     c: Positive = 6.5
@@ -61,7 +72,7 @@ class RMU(OnBlocks):
             forget = hidden_states(model, batch["forget"], self.layer)
             retain = hidden_states(model, batch["retain"], self.layer)
             return {
-                "misdirect": activation_mse(forget, target, batch["forget"]),
+                "misdirect": self.forget_weight * activation_mse(forget, target, batch["forget"]),
                 "preserve": self.alpha * activation_mse(retain, kept, batch["retain"]),
             }
 

@@ -14,7 +14,10 @@ class SAM(OnTop):
     """
 
     name: Literal["sam"] = "sam"
-    presets: ClassVar = {"official": {"ascent": "forget", "rho": 0.01}, "undo_paper": {"ascent": "total", "rho": 0.01}}
+    presets: ClassVar = {
+        "faithful": {"ascent": "total", "rho": 0.01},  # Table 8, D.2.6, and the code behind them
+        "official": {"ascent": "forget", "rho": 0.01},
+    }
 
     rho: NonNegative = 0.01
     ascent: Literal["forget", "total"] = "forget"  # not `on`, which YAML reads as true
@@ -36,7 +39,7 @@ class Smoothing(OnTop):
     """Random smoothing (Fan et al. 2025): the forget gradient is the mean over `samples` of w + sigma N(0, 1)."""
 
     name: Literal["smoothing"] = "smoothing"
-    presets: ClassVar = {"official": {"sigma": 1e-4, "samples": 3}}
+    presets: ClassVar = {"faithful": {"sigma": 1e-4, "samples": 3}}
 
     sigma: Positive = 1e-4
     samples: Count = 3

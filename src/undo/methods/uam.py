@@ -20,8 +20,8 @@ class UAM(Method):
 
     name: Literal["uam"] = "uam"
     presets: ClassVar = {
+        "faithful": {"gamma": 1.0},  # eq. 15 to the letter
         "official": {"gamma": 0.0},
-        "equation_15": {"gamma": 1.0},
         "language_model": {"gamma": 1.05, "loss": "representation", "layer": 7, "trained_layers": [5, 6, 7]},
     }
 

@@ -13,7 +13,7 @@ class UNDIAL(Method):
     """
 
     name: Literal["undial"] = "undial"
-    presets: ClassVar = {"official": {"strength": 5.0}, "open_unlearning": {"strength": 10.0}}
+    presets: ClassVar = {"faithful": {"strength": 5.0}, "open_unlearning": {"strength": 10.0}}
 
     strength: Positive = 5.0
     retain_weight: NonNegative = 0.0  # of cross entropy on retain tokens; the publication has none
