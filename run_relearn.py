@@ -1,4 +1,4 @@
-"""Relearning attacks: finetune a model on the forget role, over learning rates. Section 2 and Appendix A, Table 4.
+"""Relearning attacks: finetune a model on the forget role, over learning rates. Section 2, Tables 4 and 12.
 
     uv run run_relearn.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
 
@@ -9,15 +9,18 @@ from collections.abc import Mapping
 
 from undo import cli
 from undo.config import Mixture, RunName
+from undo.noise import Noise
 from undo.run import Diverged, Run
-from undo.stage import Stage, TrainingStage, fit, keep, load_parent
+from undo.stage import Stage, TrainingStage, fit, generator, keep, load_parent, place, shape_of
 
 
 class Relearn(TrainingStage):
-    """One adversary: a model, a mixture, a learning rate."""
+    """One adversary: a model, a mixture, a learning rate; on WMDP a length of rows and shrink-perturb, too (D.2.5)."""
 
     model: RunName
+    adversary: str = ""  # its name, where there are several kinds
     mixture: Mixture
+    noise: Noise | None = None  # applied before the first step
     save_model: bool = False
 
     def streams(self) -> Mapping[str, Mixture]:
@@ -28,8 +31,12 @@ def relearn(cfg: Relearn, run: Run) -> None:
     from undo.losses import cross_entropy
 
     model = load_parent(run, cfg.model)
+    if cfg.noise is not None:
+        fresh = place(shape_of(model).build(cfg.seed_for("init")), run)
+        cfg.noise.apply(model, fresh, generator(cfg.seed_for("noise")))
+    starts_as = cfg.model if cfg.noise is None else None  # what was perturbed is another model
     try:
-        facts = fit(cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])}, starts_as=cfg.model)
+        facts = fit(cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])}, starts_as=starts_as)
     except Diverged as diverged:  # an attack that breaks the model has not elicited anything: a result
         run.finish(outcome="diverged", steps=diverged.step)
         return

@@ -6,6 +6,8 @@ uv run run_unlearn.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from undo import cli
 from undo.config import Mixture, RunName
 from undo.methods import UnlearningMethod
@@ -22,9 +24,10 @@ class Unlearn(TrainingStage):
 
     reference: RunName
     method: UnlearningMethod
+    retain_mixture: Mixture = Field(default={"retain": 1.0})  # WMDP retains WikiText, too (D.2.2)
 
     def streams(self) -> Mapping[str, Mixture]:
-        return {"retain": {"retain": 1.0}, "forget": {"forget": 1.0}}
+        return {"retain": self.retain_mixture, "forget": {"forget": 1.0}}
 
     def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
         return self.method.flops_per_token(model, length)

@@ -43,8 +43,13 @@ class TrainingStage(StageConfig):
     seed: int = 0
     seeds: dict[Concern, int] = Field(default={})  # single seeds; all others follow from `seed` and the stage
     data: RunName  # the prepare run
+    evaluation_data: RunName | None = None  # the prepare run whose validation data are used; None: the same
     training: Training
     evaluation: Evaluation
+
+    @property
+    def validated_on(self) -> RunName:
+        return self.evaluation_data or self.data
 
     def seed_for(self, concern: Concern) -> int:
         """Independent for each stage, concern and seed; the same for all runs of a stage that share the seed."""
@@ -101,7 +106,7 @@ def fit(
         name: MixedStream(stores, mixture, training.batch_rows, training.steps, cfg.seed_for("order") + index)
         for index, (name, mixture) in enumerate(cfg.streams().items())
     }
-    evaluator = cfg.evaluation.load(data, model.device)
+    evaluator = cfg.evaluation.load(run.sibling(cfg.validated_on), model.device)
 
     def evaluate(step: int, full: bool) -> Measured:
         if step == 0 and starts_as is not None:
@@ -151,7 +156,12 @@ def evaluation_file(of: RunDirectory, cfg: TrainingStage) -> Path:
     """One for each way to evaluate the run's model: the evaluation, its data, the precision, CPU or GPU."""
     import torch
 
-    how = [as_raw(cfg.evaluation), of.sibling(cfg.data).identity(), cfg.training.precision, torch.cuda.is_available()]
+    how = [
+        as_raw(cfg.evaluation),
+        of.sibling(cfg.validated_on).identity(),
+        cfg.training.precision,
+        torch.cuda.is_available(),
+    ]
     folder = of.folder / "evaluations"
     folder.mkdir(exist_ok=True)
     return folder / f"{digest(how)}.json"

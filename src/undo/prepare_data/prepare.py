@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from undo.config import ROLES, ConfigError, Count, Frozen, Role, Share, StageConfig
+from undo.config import ROLES, ConfigError, Count, Frozen, Role, RunName, Share, StageConfig
 from undo.prepare_data.arithmetic import OPERATIONS, ArithmeticWorld
 from undo.prepare_data.text import Source
 from undo.prepare_data.tokenizer import load_tokenizer, train_byte_pairs, train_words
@@ -48,7 +48,10 @@ class Prepare(StageConfig):
 
     world: ArithmeticWorld | None = None
     data: dict[Role, Source] = Field(default={})  # text, of the roles that no world generates
-    tokenizer: Annotated[WordTokenizer | BytePairTokenizer, Field(discriminator="name")] | str  # a folder or a hub id
+    tokenizer: Annotated[WordTokenizer | BytePairTokenizer, Field(discriminator="name")] | str | None = (
+        None  # str: a folder or a hub id
+    )
+    tokenizer_from: RunName | None = None  # instead: another prepare run's
     length: Count  # tokens in a row
     shortest: Count = 50  # shorter documents of text are dropped (Appendix A)
     validation_share: Share = 5e-4  # of the documents of text
@@ -58,7 +61,8 @@ class Prepare(StageConfig):
     def check(self) -> None:
         for role, source in self.data.items():
             try:
-                source.files()
+                for place in source.places:
+                    place.files()
             except ConfigError as error:
                 raise ConfigError(
                     f"data.{role}: {error}\ngive your own files with prepare.data.{role}.path=..."
@@ -71,6 +75,8 @@ class Prepare(StageConfig):
             raise ValueError(f"data.{min(twice)} is given, but the world generates it")
         if missing := {"retain", "forget"} - generated - set(self.data):
             raise ValueError(f"data.{max(missing)} is missing: give data.{max(missing)}.path or .hub, or a world")
+        if (self.tokenizer is None) == (self.tokenizer_from is None):
+            raise ValueError("give `tokenizer`, or `tokenizer_from`, a prepare run that has one")
         if isinstance(self.tokenizer, WordTokenizer) and self.data:
             raise ValueError("tokenizer.name=words knows a world's own words only; use byte_pairs, or a folder")
         return self
@@ -81,7 +87,7 @@ def prepare(cfg: Prepare, run: Run) -> None:
     problems = [problem for role in OPERATIONS for problem in cfg.world.validation(role)] if cfg.world else []
     if problems:
         write_atomically(run.folder / "problems.jsonl", "".join(json.dumps(asdict(p)) + "\n" for p in problems))
-    tokenizer, vocab_size = make_tokenizer(cfg, (p.text for p in problems), run.folder / "tokenizer")
+    tokenizer, vocab_size = make_tokenizer(cfg, (p.text for p in problems), run)
     stores: dict[str, TokenStore] = {}
     for role in ROLES:
         if role in cfg.data:
@@ -102,12 +108,18 @@ def prepare(cfg: Prepare, run: Run) -> None:
     )
 
 
-def make_tokenizer(cfg: Prepare, problems: Iterable[str], folder: Path) -> "tuple[PreTrainedTokenizerBase, int]":
-    """Train it or fetch it, leave it in the folder -> the tokenizer, and the vocabulary that a model needs for it."""
-    configured = 0 if isinstance(cfg.tokenizer, str) else cfg.tokenizer.vocab_size
+def make_tokenizer(cfg: Prepare, problems: Iterable[str], run: Run) -> "tuple[PreTrainedTokenizerBase, int]":
+    """Train it or fetch it, leave it in the run -> the tokenizer, and the vocabulary that a model needs for it."""
+    folder, configured = run.folder / "tokenizer", 0
+    if cfg.tokenizer_from is not None:
+        configured = run.sibling(cfg.tokenizer_from).facts["vocab_size"]
+    elif isinstance(cfg.tokenizer, Frozen):
+        configured = cfg.tokenizer.vocab_size
     if not folder.exists():
         partial = folder.with_name("tokenizer.partial")
         match cfg.tokenizer:
+            case None:
+                load_tokenizer(str(run.sibling(cfg.tokenizer_from or "").folder / "tokenizer")).save_pretrained(partial)
             case str() as name:
                 load_tokenizer(name).save_pretrained(partial)
             case WordTokenizer():
@@ -235,7 +247,7 @@ def documents(
 
 def check_disk(cfg: Prepare, folder: Path) -> None:
     """Say what the text will take. Raises ConfigError if there is no room for it."""
-    width = 2 if not isinstance(cfg.tokenizer, str) and cfg.tokenizer.vocab_size <= 1 << 16 else 3
+    width = 2 if isinstance(cfg.tokenizer, Frozen) and cfg.tokenizer.vocab_size <= 1 << 16 else 3
     sizes = [source.bytes_of_tokens(width) for source in cfg.data.values()]
     known, free = sum(size for size in sizes if size is not None), shutil.disk_usage(folder).free
     if cfg.data:

@@ -6,35 +6,33 @@ document a paragraph: blank lines separate them, and a paragraph of a million ch
 
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from pydantic import model_validator
 
 from undo.config import ConfigError, Count, Frozen, Share
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".tokens")  # .tokens: WikiText's
 
 
-class Source(Frozen):
-    """Where a role's documents come from, and how many of them are used."""
+class Place(Frozen):
+    """Files, or a dataset of the hub, and what is read of them."""
 
     path: str | None = None  # a file or a glob of files; where it is given, the hub is not asked
     hub: str | None = None  # a dataset of the hub: owner/name
     subset: str | None = None  # of the hub's dataset
     split: str = "train"  # of the hub's dataset
-    column: str = "text"
+    column: str | tuple[str, ...] = "text"  # several are joined by a blank line: a question and its answer
     share: Share = 1.0  # of the documents, drawn at random: a corpus may be sorted by source
-    documents: Count | None = None  # use at most so many
-    tokens: Count | None = None  # stop when the training store has so many
+    questions: Literal["definitions"] | None = None  # not the documents, but questions and answers made from them
 
-    @model_validator(mode="after")
-    def _has_a_place(self) -> Self:
-        if self.path is None and self.hub is None:
-            raise ValueError("give `path`, a file or a glob, or `hub`, a dataset as owner/name")
-        return self
+    @property
+    def label(self) -> str:
+        return self.path or self.hub or ""
 
     def files(self) -> list[Path]:
         """The files of `path`, in order. Raises ConfigError if there is none, or one that cannot be read."""
@@ -50,29 +48,16 @@ class Source(Frozen):
                 raise ConfigError(f"{file}: is empty or no file")
         return found
 
-    def bytes_of_tokens(self, width: int) -> int | None:
-        """At most about so much will be stored, `width` bytes a token; None: not known."""
-        bounds = [None if self.tokens is None else self.tokens * width]
-        if self.path is not None:
-            sizes = [(f.stat().st_size, 1 if f.suffix == ".parquet" else 2) for f in self.files()]
-            bounds.append(round(self.share * sum(size * width // bytes_each for size, bytes_each in sizes)))
-        elif self.documents is not None:
-            bounds.append(self.documents * 1000 * width)
-        return min((bound for bound in bounds if bound is not None), default=None)
-
-    def texts(self) -> Iterator[str]:
-        """The documents that are not blank: `share` of them, in order, at most `documents`; the same ones each time."""
+    def all_texts(self) -> Iterator[str]:
+        """The documents that are not blank, `share` of them, in order; the same ones each time."""
         texts = (text for file in self.files() for text in read(file, self.column)) if self.path else self._stream()
-        count, draws = 0, np.random.default_rng(42)
+        found, draws = False, np.random.default_rng(42)
         for text in texts:
-            if not text.strip() or draws.random() >= self.share:
-                continue
-            yield text
-            count += 1
-            if count == self.documents:
-                return
-        if count == 0:
-            raise ConfigError(f"{self.path or self.hub}: holds no text in column {self.column!r}")
+            if text.strip() and draws.random() < self.share:
+                found = True
+                yield from (text,) if self.questions is None else made_questions(text)
+        if not found and self.share == 1:
+            raise ConfigError(f"{self.label}: holds no text in column {self.column!r}")
 
     def _stream(self) -> Iterator[str]:
         import datasets
@@ -87,9 +72,7 @@ class Source(Frozen):
                 self.hub, self.subset, split=self.split, streaming=True, token=find_token("hf_token.txt", "HF_TOKEN")
             )
             for row in rows:
-                if self.column not in row:
-                    raise ConfigError(f"{self.hub}: has no column {self.column!r}; it has {', '.join(sorted(row))}")
-                yield row[self.column]
+                yield _text(row, self.column, self.hub)
         except GatedRepoError:
             raise ConfigError(
                 f"{self.hub} is gated: ask for access at https://huggingface.co/datasets/{self.hub},\n"
@@ -105,13 +88,98 @@ class Source(Frozen):
             raise ConfigError(f"{self.hub}: cannot be read: {reason}\nor give your own files with path=") from None
 
 
-def read(file: Path, column: str) -> Iterator[str]:
+class Part(Place):
+    """One of several sources of a role."""
+
+    proportion: Share  # of the role's characters
+
+    @model_validator(mode="after")
+    def _has_a_place(self) -> Self:
+        if (self.path is None) == (self.hub is None) and self.proportion > 0 and self.path is None:
+            raise ValueError("give `path`, a file or a glob, or `hub`, a dataset as owner/name")
+        return self
+
+
+class Source(Place):
+    """Where a role's documents come from, and how many of them are used."""
+
+    parts: dict[str, Part] | None = None  # several places, each with its proportion
+    renormalise: bool = False  # whether the proportions may add up to another number than 1
+    documents: Count | None = None  # use at most so many
+    tokens: Count | None = None  # stop when the training store has so many
+
+    @model_validator(mode="after")
+    def _has_a_place(self) -> Self:
+        if self.parts is None:
+            if self.path is None and self.hub is None:
+                raise ValueError("give `path`, a file or a glob, or `hub`, a dataset as owner/name, or `parts`")
+            return self
+        if self.path is not None or self.hub is not None:
+            raise ValueError("has `parts`, so `path` and `hub` belong to each of them")
+        total = sum(part.proportion for part in self.parts.values())
+        if total <= 0 or (abs(total - 1) > 1e-6 and not self.renormalise):
+            raise ValueError(
+                f"the proportions of its parts add up to {total:g}, not to 1; if a part is left out on purpose, say "
+                "renormalise: true"
+            )
+        return self
+
+    @property
+    def places(self) -> list[Place]:
+        return [self] if self.parts is None else [part for part in self.parts.values() if part.proportion > 0]
+
+    def bytes_of_tokens(self, width: int) -> int | None:
+        """At most about so much will be stored, `width` bytes a token; None: not known."""
+        bounds = [None if self.tokens is None else self.tokens * width]
+        if self.path is not None:
+            sizes = [(f.stat().st_size, 1 if f.suffix == ".parquet" else 2) for f in self.files()]
+            bounds.append(round(self.share * sum(size * width // bytes_each for size, bytes_each in sizes)))
+        elif self.documents is not None:
+            bounds.append(self.documents * 1000 * width)
+        return min((bound for bound in bounds if bound is not None), default=None)
+
+    def texts(self) -> Iterator[str]:
+        """The role's documents in order, at most `documents`; the same ones each time."""
+        limited = self.documents is not None or self.tokens is not None
+        texts = self.all_texts() if self.parts is None else blend(self.parts, again=limited)
+        return islice(texts, self.documents)
+
+
+def blend(parts: Mapping[str, Part], again: bool) -> Iterator[str]:
+    """Documents of all parts, the next one always from the part that has the least of its proportion so far.
+
+    Proportions are of characters. When a part is exhausted, it is read `again`, or the blend ends.
+    """
+    used = {name: part for name, part in parts.items() if part.proportion > 0}
+    taken = dict.fromkeys(used, 0)
+    texts = {name: part.all_texts() for name, part in used.items()}
+    while True:
+        name = min(used, key=lambda name: taken[name] / used[name].proportion)
+        text = next(texts[name], None)
+        if text is None and again:
+            print(f"{name}: all of it was read; it starts over", flush=True)
+            texts[name] = used[name].all_texts()
+            text = next(texts[name], None)
+        if text is None:
+            return
+        taken[name] += len(text)
+        yield text
+
+
+def made_questions(text: str) -> Iterator[str]:
+    """Questions and answers by rule, as documents."""
+    from undo.prepare_data.questions import definitions
+
+    return (question.text for question in definitions(text))
+
+
+def read(file: Path, column: str | tuple[str, ...]) -> Iterator[str]:
     """The texts of one file. Raises ConfigError that names file and line."""
     try:
         match file.suffix:
             case ".parquet":
                 yield from _parquet(file, column)
-            case ".txt":
+            case ".txt" | ".tokens":
                 yield from _paragraphs(file)
             case _:
                 yield from _json(file, column)
@@ -145,7 +213,7 @@ def _paragraphs(file: Path) -> Iterator[str]:
         yield "".join(paragraph)
 
 
-def _json(file: Path, column: str) -> Iterator[str]:
+def _json(file: Path, column: str | tuple[str, ...]) -> Iterator[str]:
     """One object a line, or, in a .json file, one array of objects."""
     for number, line in _lines(file):
         if not line.strip():
@@ -160,7 +228,7 @@ def _json(file: Path, column: str) -> Iterator[str]:
         yield _text(row, column, f"{file} line {number}")
 
 
-def _array(file: Path, column: str) -> Iterator[str]:
+def _array(file: Path, column: str | tuple[str, ...]) -> Iterator[str]:
     if file.stat().st_size > 2**30:
         raise ConfigError(f"{file}: an array of more than 1 GiB would not fit the memory; write one object a line")
     text = "".join(line for _, line in _lines(file))
@@ -172,28 +240,38 @@ def _array(file: Path, column: str) -> Iterator[str]:
         yield _text(row, column, f"{file} entry {index}")
 
 
-def _text(row: object, column: str, where: str) -> str:
+def _columns(column: str | tuple[str, ...]) -> list[str]:
+    return [column] if isinstance(column, str) else list(column)
+
+
+def _text(row: object, column: str | tuple[str, ...], where: str) -> str:
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: is no object with a column {column!r}")
-    if column not in row:
-        raise ConfigError(f"{where}: has no column {column!r}; it has {', '.join(sorted(map(str, row)))}")
-    if not isinstance(row[column], str):
-        raise ConfigError(f"{where}: column {column!r} holds {type(row[column]).__name__}, not text")
-    return row[column]
+    parts = []
+    for name in _columns(column):
+        if name not in row:
+            raise ConfigError(f"{where}: has no column {name!r}; it has {', '.join(sorted(map(str, row)))}")
+        if not isinstance(row[name], str):
+            raise ConfigError(f"{where}: column {name!r} holds {type(row[name]).__name__}, not text")
+        parts.append(row[name])
+    return "\n\n".join(parts)
 
 
-def _parquet(file: Path, column: str) -> Iterator[str]:
+def _parquet(file: Path, column: str | tuple[str, ...]) -> Iterator[str]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         table = parquet.ParquetFile(file)
-        if column not in table.schema_arrow.names:
-            raise ConfigError(f"{file}: has no column {column!r}; it has {', '.join(table.schema_arrow.names)}")
-        kind = table.schema_arrow.field(column).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise ConfigError(f"{file}: column {column!r} holds {kind}, not text")
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            yield from (text or "" for text in batch.column(0).to_pylist())
+        names = _columns(column)
+        for name in names:
+            if name not in table.schema_arrow.names:
+                raise ConfigError(f"{file}: has no column {name!r}; it has {', '.join(table.schema_arrow.names)}")
+            kind = table.schema_arrow.field(name).type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise ConfigError(f"{file}: column {name!r} holds {kind}, not text")
+        for batch in table.iter_batches(batch_size=1024, columns=names):
+            rows = zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+            yield from ("\n\n".join(text or "" for text in texts) for texts in rows)
     except pyarrow.ArrowInvalid as error:
         raise ConfigError(f"{file}: is no parquet file, or a damaged one: {str(error).splitlines()[0]}") from None
