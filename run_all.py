@@ -8,6 +8,7 @@ stage (undo.noise.beta=0.5); seed and sweep.seed go to every stage that trains.
 
 import argparse
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import run_pretrain
 import run_relearn
 import run_undo
 import run_unlearn
-from undo import cli
+from undo import cli, pretrained
 from undo.config import ConfigError, parse_overrides
 from undo.experiment import PlannedRun, find_configs, pick, plan, sources, wanted
 from undo.prepare_data import prepare
@@ -26,7 +27,7 @@ from undo.tables import hyperparameters
 
 STAGES = {
     module.STAGE.name: module.STAGE
-    for module in (prepare, run_pretrain, run_unlearn, run_distill, run_undo, run_relearn)
+    for module in (prepare, pretrained, run_pretrain, run_unlearn, run_distill, run_undo, run_relearn)
 }
 
 
@@ -51,9 +52,13 @@ def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
 
     <stage>_<name>.yaml beside the main one is taken with `--with name`, or where `--only` matches nothing else.
     """
+    return planned_in(find_configs(args.config, "unlearn")[0].parent, args, tuple(STAGES))
+
+
+def planned_in(folder: Path, args: argparse.Namespace, stages: Collection[str]) -> tuple[list[PlannedRun], Path]:
+    """`planned`, of some stages of the setting in `folder`."""
     routed = route(parse_overrides(args.overrides))
-    folder = find_configs(args.config, "pretrain")[0].parent
-    found = {name: sources(folder, name) for name in STAGES}
+    found = {name: sources(folder, name) for name in STAGES if name in stages}
     cli.check_extra(args.extra, [path for paths in found.values() for path in paths])
 
     def plans(every: bool) -> list[PlannedRun]:
@@ -68,7 +73,7 @@ def main() -> int:
     parser.add_argument("--tables", action="store_true", help="print the setting's hyper-parameters, and do nothing")
     args = parser.parse_intermixed_args()
     if args.tables:
-        print(hyperparameters(find_configs(args.config, "pretrain")[0].parent, STAGES), end="")
+        print(hyperparameters(find_configs(args.config, "unlearn")[0].parent, STAGES), end="")
         return 0
     status = cli.launch(args, planned)
     if args.dry_run or status == 130:

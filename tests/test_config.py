@@ -73,6 +73,34 @@ def test_a_variant_s_own_sweep_replaces_the_common_one_and_yields_to_the_command
         expand({**raw, "variants": {"z": {"sweep": {"a": 1}}}}, {}, "test")
 
 
+def test_a_sweep_on_the_command_line_reaches_into_a_block_that_is_given_there():
+    raw = {"name": "{method.name}-{method.rho}", "variants": {"sam": {"method": {"name": "sam", "rho": 0.1}}}}
+    runs = expand(raw, {"variant": "mine", "method": {"name": "uam"}, "sweep.method.rho": [1.0, 2.0]}, "made.yaml")
+    assert [run["name"] for run in runs] == ["uam-1.0", "uam-2.0"]
+
+
+def test_adversaries_are_crossed_with_the_variants():
+    raw = {
+        "name": "{variant}-{adversary}-{rate}",
+        "variants": {"sam": {"model": 1}, "undo": {"model": 2, "sweep": {"rate": [9]}}},
+        "adversaries": {"short": {"data": "a"}, "long": {"data": "b", "sweep": {"rate": [3, 4]}}},
+        "sweep": {"rate": [1, 2]},
+    }
+    found = {(r["variant"], r["adversary"], r["data"], r["model"], r["rate"]) for r in expand(raw, {}, "made.yaml")}
+    sam = {("sam", a, d, 1, r) for a, d, rates in (("short", "a", (1, 2)), ("long", "b", (3, 4))) for r in rates}
+    undo = {("undo", "short", "a", 2, 9), ("undo", "long", "b", 2, 3), ("undo", "long", "b", 2, 4)}
+    assert found == sam | undo
+    with pytest.raises(ConfigError, match="cannot be set"):
+        expand(raw, {"adversaries.short.data": "c"}, "made.yaml")
+
+
+def test_points_are_filled_in_as_the_numbers_they_are():
+    raw = {"name": "a", "points": {"maxent": {"best": {"alpha": 0.3, "rate": 2e-5}}}, "x": "{points.maxent.best.rate}"}
+    assert expand(raw, {}, "made.yaml") == [{"name": "a", "variant": "", "x": 2e-5}]
+    with pytest.raises(ConfigError, match=r"cannot fill in '\{points\.rmu\.best\.rate\}'"):
+        expand({**raw, "x": "{points.rmu.best.rate}"}, {}, "made.yaml")
+
+
 def test_let_is_filled_in_and_is_no_key_of_a_run():
     raw = {
         "name": "{variant}-s_{seed}",

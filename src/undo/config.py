@@ -201,8 +201,10 @@ def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
             if not isinstance(values, list) or not values:
                 raise ConfigError(f"{source}: sweep.{key} must be a list with at least one value, got {values!r}")
         for point in itertools.product(*points.values()):
+            swept = dict(zip(points, point, strict=True))
+            also = {key: swept[key] for key in asked if key in swept}  # after a block that was pinned as a whole
             run = base
-            for key, value in [*zip(points, point, strict=True), *pinned.items()]:
+            for key, value in [*swept.items(), *pinned.items(), *also.items()]:
                 run = _merge(run, _nest(key, value))
             run["variant"] = _fill_in(run["variant"], _namespace(run), source)
             run = _fill_in(run, _namespace(run), source)

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Final, NamedTuple, Self
 
 from undo.config import ConfigError, Raw, StageConfig, expand, read_yaml, validate
 from undo.launch import DeviceShare, Job, check_devices
 from undo.prepare_models import ReducedGemma2
 from undo.run import RunDirectory
+from undo.selection import chosen_points
 from undo.stage import Stage, TrainingStage
 from undo.tracking import check_token
 
 CONFIGS: Final = (Path("configs"), Path(__file__).parents[2] / "configs")  # here, or in the checkout
-STAGES: Final = ("prepare", "pretrain", "unlearn", "distill", "undo", "relearn")  # in the order of the pipeline
+STAGES: Final = ("prepare", "base", "pretrain", "unlearn", "distill", "undo", "relearn")  # in the order of the pipeline
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,34 @@ def plan(stage: Stage, sources: Sequence[Path], overrides: Mapping[str, Any], ru
     planned: dict[str, PlannedRun] = {}
     for source in sources[:1] if "variant" in overrides else sources:
         setting = source.resolve().parent.name
-        for raw in expand(read_yaml(source), overrides, str(source)):
+        content = with_points(read_yaml(source), overrides, runs / setting)
+        changes = {key: value for key, value in overrides.items() if key != "points"}
+        for raw in expand(content, changes, str(source)):
             config = validate(stage.schema, raw, str(source))
             run = PlannedRun(stage, config, RunDirectory(runs, setting, f"{stage.name}/{config.name}"))
             if run.name in planned:
                 raise ConfigError(f"{source}: {run.name} is a run of {sources[0]} already; give one another name")
             planned[run.name] = run
     return list(planned.values())
+
+
+def with_points(raw: Raw, overrides: Mapping[str, Any], folder: Path | None) -> Raw:
+    """The YAML with `points: search` replaced by what was chosen from the search's results, in the setting's runs.
+
+    Without a folder, for a look at runs that nobody starts, every point is a stand-in.
+    """
+    if overrides.get("points", raw.get("points")) != "search":
+        return raw
+    if folder is None:
+        return {**raw, "points": AnyPoint()}
+    return {**raw, "points": chosen_points(folder)}
+
+
+class AnyPoint(SimpleNamespace):
+    """Has every attribute, and is each of them."""
+
+    def __getattr__(self, name: str) -> Self:
+        return self
 
 
 def setting_folder(setting: str) -> Path | None:
@@ -88,7 +111,8 @@ def written(folder: Path) -> dict[str, Raw]:
     found: dict[str, Raw] = {}
     for stage in STAGES:
         for path in sources(folder, stage):
-            found |= {f"{stage}/{raw['name']}": raw for raw in expand(read_yaml(path), {}, str(path))}
+            runs = expand(with_points(read_yaml(path), {}, None), {}, str(path))
+            found |= {f"{stage}/{raw['name']}": raw for raw in runs}
     return found
 
 
@@ -213,8 +237,9 @@ class Costs:
         """The block `key` of the nearest ancestor that has it (a mapping or a number, not the name of a run)."""
         if raw is None:
             return None
-        if isinstance(raw.get(key), dict | int):
-            return raw[key]
+        for name in (key, "shape") if key == "model" else (key,):
+            if isinstance(raw.get(name), dict | int):
+                return raw[name]
         stages = tuple(f"{stage}/" for stage in STAGES)
         parents = [value for value in raw.values() if isinstance(value, str) and value.startswith(stages)]
         return next((found for p in parents if (found := self._search(self._raw(p), key)) is not None), None)

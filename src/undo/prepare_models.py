@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from transformers import Gemma2ForCausalLM
 
 
-Size = Literal["0.1B", "0.3B", "0.6B", "0.9B"]
-SIZES: Final[dict[Size, dict[str, int]]] = {  # Table 1; the last two are in the authors' code only
+Size = Literal["0.1B", "0.3B", "0.6B", "0.9B", "2B"]
+SIZES: Final[
+    dict[Size, dict[str, int]]
+] = {  # Table 1; of the authors' code; gemma-2-2b itself
     "0.1B": {"layers": 14, "hidden_size": 320, "intermediate_size": 1280, "head_dim": 128},
     "0.3B": {"layers": 14, "hidden_size": 768, "intermediate_size": 3072, "head_dim": 128},
     "0.6B": {"layers": 18, "hidden_size": 1024, "intermediate_size": 4096, "head_dim": 256},
     "0.9B": {"layers": 22, "hidden_size": 1280, "intermediate_size": 5120, "head_dim": 256},
+    "2B": {"layers": 26, "hidden_size": 2304, "intermediate_size": 9216, "head_dim": 256},
 }
 
 

@@ -35,7 +35,10 @@ class MaxEnt(Weighted):
         from undo.losses import cross_entropy, forward_kl, uniform_kl
 
         def retain(tokens):
-            return forward_kl(model, reference, tokens) if self.retain == "kl" else cross_entropy(model, tokens)
+            if self.retain == "cross_entropy":
+                return cross_entropy(model, tokens)
+            assert reference is not None
+            return forward_kl(model, reference, tokens)
 
         return lambda batch: {
             "uniform": self.forget_weight * uniform_kl(model, batch["forget"]),

@@ -73,7 +73,8 @@ class Prepare(StageConfig):
         generated = set(OPERATIONS) if self.world else set()
         if twice := generated & set(self.data):
             raise ValueError(f"data.{min(twice)} is given, but the world generates it")
-        if missing := {"retain", "forget"} - generated - set(self.data):
+        missing = {"retain", "forget"} - generated - set(self.data)
+        if missing and set(self.data) != {"auxiliary"}:  # what one distills on may be of neither role
             raise ValueError(f"data.{max(missing)} is missing: give data.{max(missing)}.path or .hub, or a world")
         if (self.tokenizer is None) == (self.tokenizer_from is None):
             raise ValueError("give `tokenizer`, or `tokenizer_from`, a prepare run that has one")

@@ -56,7 +56,7 @@ class Place(Frozen):
             if text.strip() and draws.random() < self.share:
                 found = True
                 yield from (text,) if self.questions is None else made_questions(text)
-        if not found and self.share == 1:
+        if not found:
             raise ConfigError(f"{self.label}: holds no text in column {self.column!r}")
 
     def _stream(self) -> Iterator[str]:
@@ -95,7 +95,7 @@ class Part(Place):
 
     @model_validator(mode="after")
     def _has_a_place(self) -> Self:
-        if (self.path is None) == (self.hub is None) and self.proportion > 0 and self.path is None:
+        if self.path is None and self.hub is None and self.proportion > 0:
             raise ValueError("give `path`, a file or a glob, or `hub`, a dataset as owner/name")
         return self
 

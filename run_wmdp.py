@@ -1,0 +1,123 @@
+"""WMDP: unlearn, noise, distill and attack a pretrained model. Section 6, Appendix D.2, Figures 8 and 11.
+
+    uv run run_wmdp.py wmdp_bio [model=HUB_ID_OR_FOLDER] [stage.key=value ...] [--stage STAGE] [--dry-run]
+
+    prepare   data, and the model: fetched, or in wmdp_small pretrained
+    search    unlearning over alpha and learning rates on one seed, and the choice of three points a method
+    unlearn   every method at its points, over the seeds
+    undo      distill the best-retaining points into noised copies of themselves
+    relearn   every adversary on every model
+    figures   Figures 8 and 11, Tables 10 and 13, claims, costs
+
+Without --stage all of them, in this order; the search only where the setting's unlearn.yaml says `points: search`
+(wmdp_bio and wmdp_cyber have the points of Table 10). It is run_all.py in two parts, with a choice in between.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Final
+
+from omegaconf import OmegaConf
+
+import run_all
+import run_figures
+from undo import cli
+from undo.config import ConfigError, parse_overrides, read_yaml
+from undo.experiment import PlannedRun, find_configs, plan, sources
+from undo.results import Result
+from undo.run import write_atomically
+from undo.selection import FILE, Point, across_the_frontier, as_raw
+from undo.tables import hyperparameters
+
+STAGES: Final = {
+    "prepare": ("prepare", "base", "pretrain"),
+    "search": ("prepare", "base", "pretrain"),  # and unlearn_search.yaml
+    "unlearn": ("unlearn",),
+    "undo": ("undo",),
+    "relearn": ("relearn",),
+}
+SEARCH: Final = "unlearn_search"
+
+
+def with_model(overrides: list[str], folder: Path) -> list[str]:
+    """`model=X` is the model of the base stage, and its tokenizer is that of the data."""
+    routed = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key == "model" and not (folder / "base.yaml").exists():
+            raise ConfigError(f"model: {folder.name} pretrains a model of its own; change it with pretrain.model.<key>=")
+        routed += [f"base.model={value}", f"prepare.tokenizer={value}"] if key == "model" else [text]
+    return routed
+
+
+def search(args: argparse.Namespace, folder: Path) -> tuple[list[PlannedRun], Path]:
+    """The runs that the points are chosen from, and what they stand on."""
+    before, _ = run_all.planned_in(folder, args, STAGES["search"])
+    overrides = run_all.route(parse_overrides(args.overrides))["unlearn"]
+    overrides = {key: value for key, value in overrides.items() if key != "points"}
+    found = [path for path in sources(folder, "unlearn") if path.stem == SEARCH]
+    if not found:
+        raise ConfigError(f"{folder} has no {SEARCH}.yaml: there is nothing to choose the points from")
+    return [*before, *plan(run_all.STAGES["unlearn"], found, overrides, args.runs)], folder
+
+
+def choose(runs: list[PlannedRun], folder: Path) -> None:
+    """Write the points of every method into the setting's folder of runs, and print them."""
+    by_method: dict[str, list[Result]] = {}
+    for run in runs:
+        if run.stage.name == "unlearn" and run.directory.done:
+            result = Result(run.directory, run.directory.config, run.directory.facts)
+            by_method.setdefault(result.config["method"]["name"], []).append(result)
+    chosen = {}
+    for method, results in by_method.items():
+        points = [_point(result) for result in results]
+        start = results[0].curve("forget")[0]
+        chosen[method] = across_the_frontier(points, start, results[0].higher_is_better)
+        for rank, p in chosen[method].items():
+            values = f"alpha {p.alpha:g}, rate {p.learning_rate:g}: {p.retain:.3f} / {p.forget:.3f}"
+            print(f"{method} {rank}: {values} ({p.run})")
+    write_atomically(folder / FILE, OmegaConf.to_yaml(OmegaConf.create(as_raw(chosen))))
+
+
+def _point(result: Result) -> Point:
+    evaluation, config = result.facts["evaluation"], result.config
+    values = config["method"]["alpha"], config["training"]["learning_rate"]
+    return Point(result.name, *values, evaluation["retain"], evaluation["forget"])
+
+
+def main() -> int:
+    parser = cli.parser("WMDP, from a pretrained model to Figures 8 and 11.")
+    parser.add_argument("--stage", choices=[*STAGES, "figures"], help="only this one; the runs before it must be done")
+    parser.add_argument("--tables", action="store_true", help="print the setting's hyper-parameters, and do nothing")
+    args = parser.parse_intermixed_args()
+    folder = find_configs(args.config, "unlearn")[0].parent
+    args.overrides = with_model(args.overrides, folder)
+    if args.tables:
+        print(hyperparameters(folder, run_all.STAGES), end="")
+        return 0
+    setting = folder.resolve().name
+    if args.stage == "figures":
+        run_figures.publish(setting, args.runs)
+        return 0
+    asked = run_all.route(parse_overrides(args.overrides))["unlearn"].get("points")
+    searches = (asked or read_yaml(folder / "unlearn.yaml").get("points")) == "search"
+    if args.stage == "search" or (args.stage is None and searches):
+        runs, _ = search(args, folder)
+        status = cli.launch(args, lambda args: (runs, folder))
+        if not args.dry_run and status == 0:
+            choose(runs, args.runs / setting)
+        if status or args.stage == "search":
+            return status
+        if args.dry_run and not (args.runs / setting / FILE).exists():
+            print("unlearn, undo and relearn: their runs are known when the points are chosen from these")
+            return 0
+    stages = STAGES[args.stage] if args.stage else [name for names in STAGES.values() for name in names]
+    status = cli.launch(args, lambda args: run_all.planned_in(folder, args, stages))
+    if args.stage is None and not args.dry_run and status != 130:
+        run_figures.publish(setting, args.runs)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded(main))

@@ -1,0 +1,87 @@
+"""The base stage: a pretrained causal language model, from the hub or a folder, that all others start from (D.2)."""
+
+import json
+from pathlib import Path
+
+from undo.config import ConfigError, StageConfig
+from undo.prepare_models import ReducedGemma2
+from undo.run import Run
+from undo.stage import Stage
+
+WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")  # all of a model folder that is ever read
+
+
+class Base(StageConfig):
+    """Which model."""
+
+    model: str  # a folder, or a hub id
+    shape: ReducedGemma2 | None = None  # for --dry-run, before the model is there
+
+    def check(self) -> None:
+        if self.is_local:
+            read_config(Path(self.model))
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.model).is_dir() or self.model.startswith((".", "/", "~"))
+
+
+def fetch(cfg: Base, run: Run) -> None:
+    """Leave `model`, a link to the folder, in the run: the weights stay where they are."""
+    folder = Path(cfg.model).expanduser().resolve() if cfg.is_local else download(cfg.model)
+    facts = read_config(folder)
+    if not list(folder.glob("*.safetensors")):
+        raise ConfigError(f"{folder}: holds no .safetensors; only safetensors are loaded")
+    run.model.unlink(missing_ok=True)
+    run.model.symlink_to(folder)
+    run.finish(source=str(folder), architecture=facts["architectures"][0], vocab_size=facts["vocab_size"])
+
+
+def read_config(folder: Path) -> dict:
+    """A model folder's config.json. Raises ConfigError if it is none of a causal language model."""
+    try:
+        facts = json.loads((folder.expanduser() / "config.json").read_text())
+    except OSError:
+        raise ConfigError(
+            f"model: {folder} holds no config.json; give a model folder, or a hub id as owner/name"
+        ) from None
+    except ValueError:
+        raise ConfigError(f"model: {folder / 'config.json'} is not JSON") from None
+    kinds = facts.get("architectures") or ["unknown"]
+    if not kinds[0].endswith("ForCausalLM"):
+        raise ConfigError(f"model: {folder} is a {kinds[0]}, no causal language model")
+    return facts
+
+
+def download(name: str) -> Path:
+    """A hub model's folder in the cache of huggingface_hub. Raises ConfigError with what to do about a refusal."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    from undo.tracking import find_token
+
+    try:
+        return Path(snapshot_download(name, token=find_token("hf_token.txt", "HF_TOKEN"), allow_patterns=[*WEIGHTS]))
+    except GatedRepoError:
+        raise ConfigError(
+            f"model: {name} is gated: ask for access at https://huggingface.co/{name},\n"
+            f"then put your token into tokens/hf_token.txt or HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ConfigError(
+            f"model: there is no {name} on the hub, or a token is needed to see it\n"
+            f"put your token into tokens/hf_token.txt or HF_TOKEN; a local folder is given as ./folder"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ConfigError(
+            f"model: {name} cannot be fetched: {reason}\ngive a local folder with model=./folder"
+        ) from None
+
+
+STAGE = Stage("base", Base, fetch, ("-m", "undo.pretrained"))
+
+if __name__ == "__main__":
+    from undo import cli
+
+    cli.main(STAGE)

@@ -1,0 +1,61 @@
+"""Three points across the frontier of a search over unlearning runs, by rule (Appendix D.2.3; Table 10 is the paper's).
+
+The paper sweeps alpha and the learning rate and "chose three points across the frontier"; the one that retains best is
+the teacher of UNDO. Here: of the runs of a method that forget at least half as much as the one that forgets most, those
+that no other beats on both sides; of these the one that retains best, the one that retains worst, and the one that is
+nearest to the middle between them. A frontier of fewer than three is filled up with the runs that retain best.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from undo.config import ConfigError, Raw, read_yaml
+
+RANKS: Final = ("best", "medium", "worst")  # by what they retain
+FILE: Final = "points.yaml"  # in a setting's folder of runs
+
+
+class Point(NamedTuple):
+    """A run of the search: its hyper-parameters, and its performance after unlearning."""
+
+    run: str
+    alpha: float
+    learning_rate: float
+    retain: float
+    forget: float
+
+
+def across_the_frontier(points: Sequence[Point], start: float, higher_is_better: bool) -> dict[str, Point]:
+    """Rank -> point. `start`: forget performance before unlearning. Raises ConfigError for fewer than three points."""
+    from undo.results import pareto_front
+
+    if len(points) < len(RANKS):
+        raise ConfigError(f"three points are to be chosen from a search of {len(points)}; sweep more values")
+    sign = 1 if higher_is_better else -1
+    forgotten = {point: sign * (start - point.forget) for point in points}
+    most = max(forgotten.values())
+    if most <= 0:
+        raise ConfigError("no run of the search forgets anything; try higher learning rates or a smaller alpha")
+    enough = [point for point in points if forgotten[point] >= most / 2]
+    front = pareto_front({p.run: (p.retain, p.forget) for p in enough}, higher_is_better)
+    by_retain = sorted(points, key=lambda p: (p.run in front, p in enough, sign * p.retain), reverse=True)
+    kept = max(len(front), len(RANKS))
+    best, *middle, worst = sorted(by_retain[:kept], key=lambda p: sign * p.retain, reverse=True)
+    between = (best.retain + worst.retain) / 2
+    return dict(zip(RANKS, (best, min(middle, key=lambda p: abs(p.retain - between)), worst), strict=True))
+
+
+def as_raw(chosen: Mapping[str, Mapping[str, Point]]) -> Raw:
+    """Method -> rank -> values, as they stand in a YAML under `points`."""
+    return {method: {rank: dict(p._asdict()) for rank, p in ranks.items()} for method, ranks in chosen.items()}
+
+
+def chosen_points(folder: Path) -> dict[str, Any]:
+    """What was chosen in a setting's folder of runs. Raises ConfigError before there is a choice."""
+    if not (folder / FILE).exists():
+        raise ConfigError(
+            f"{folder / FILE} is not there: the points are chosen from the results of a search\n"
+            f"make it with: uv run run_wmdp.py {folder.name} --stage search"
+        )
+    return read_yaml(folder / FILE)
