@@ -46,7 +46,7 @@ def with_model(overrides: list[str], folder: Path) -> list[str]:
     for text in overrides:
         key, _, value = text.partition("=")
         if key == "model" and not (folder / "base.yaml").exists():
-            raise ConfigError(f"model: {folder.name} pretrains a model of its own; change it with pretrain.model.<key>=")
+            raise ConfigError(f"model: {folder.name} pretrains its own; change it with pretrain.model.<key>=")
         routed += [f"base.model={value}", f"prepare.tokenizer={value}"] if key == "model" else [text]
     return routed
 

@@ -168,7 +168,7 @@ def blend(parts: Mapping[str, Part], again: bool) -> Iterator[str]:
 
 def made_questions(text: str) -> Iterator[str]:
     """Questions and answers by rule, as documents."""
-    from undo.prepare_data.questions import definitions
+    from undo.prepare_data.definitions import definitions
 
     return (question.text for question in definitions(text))
 
