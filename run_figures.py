@@ -15,7 +15,7 @@ from rich.table import Table
 from undo.claims import HEADER, as_rows, check
 from undo.cli import guarded
 from undo.config import ConfigError
-from undo.figures import FIGURES, draw
+from undo.figures import FIGURES, draw, figures_of
 from undo.report import report
 from undo.results import COLUMNS, Results, as_text, write_csv
 from undo.run import write_atomically
@@ -38,7 +38,8 @@ def publish(setting: str, runs: Path, names: list[str] | None = None, out: Path 
     for cells in as_text(rows):
         table.add_row(*cells)
     console.print(table)
-    figures, missing = draw([name for name in names or NAMES if name in FIGURES], results, out / "figures")
+    wanted = figures_of(results) if names is None else [name for name in names if name in FIGURES]
+    figures, missing = draw(wanted, results, out / "figures")
     write_csv(rows, out / "summary.csv")
     checked = check(results)
     if "claims" in (names or NAMES):

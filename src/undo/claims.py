@@ -11,6 +11,7 @@ from itertools import pairwise
 from statistics import mean, median
 from typing import Final, Literal
 
+from undo.paper import MMLU_LOST
 from undo.results import Attacked, Result, Results, pareto_front
 
 Verdict = Literal["holds", "mixed", "fails", "not run"]
@@ -207,6 +208,42 @@ def undo_is_on_the_front(strength: Literal["moderate", "whole"]) -> Callable[[Re
     return observe
 
 
+def undo_outlasts_its_teacher(results: Results) -> Iterable[Observation]:
+    """Worst case over adversaries at the end of the attack, on WMDP."""
+    for student in results.attacked:
+        teacher = results.teacher_of(student)
+        if not results.is_wmdp or teacher is None or student.label not in ("undo_maxent", "undo_rmu"):
+            continue
+        less = student.last < teacher.last if student.model.higher_is_better else student.last > teacher.last
+        text = f"{teacher.label} {teacher.last:.3f}, {student.label} {student.last:.3f}"
+        yield Observation(student.model.seed, less, text)
+
+
+def undo_costs_retain_performance(results: Results) -> Iterable[Observation]:
+    """Against the model before anything was unlearned: mean over methods and seeds."""
+    runs = [r for r in results.of("undo") if r.config["variant"] in ("undo_maxent", "undo_rmu")]
+    if not results.is_wmdp or not runs:
+        return
+    sign = 1 if runs[0].higher_is_better else -1
+    lost = mean(sign * (results.start["retain"] - r.facts["evaluation"]["retain"]) for r in runs)
+    printed = f" (the paper: {MMLU_LOST:.4f} of MMLU)" if runs[0].higher_is_better else ""
+    yield Observation(None, lost > 0, f"{lost:.4f} on average{printed}")
+
+
+def retained_after_noise_falls_with_alpha(results: Results) -> Iterable[Observation]:
+    """Table 13: students of one teacher over alpha, after the same steps."""
+    by_seed: dict[int, dict[float, Result]] = {}
+    for run in results.of("undo"):
+        if results.is_wmdp and run.config["variant"].startswith("undo_maxent"):
+            by_seed.setdefault(run.seed, {})[run.config["noise"]["alpha"]] = run
+    for seed, runs in by_seed.items():
+        if len(runs) > 1:
+            values = [(alpha, runs[alpha].facts["evaluation"]["retain"]) for alpha in sorted(runs)]
+            sign = 1 if runs[values[0][0]].higher_is_better else -1
+            falls = all(sign * a > sign * b for (_, a), (_, b) in pairwise(values))
+            yield Observation(seed, falls, ", ".join(f"α={alpha:g} {value:.3f}" for alpha, value in values))
+
+
 CLAIMS: Final[tuple[Claim, ...]] = (
     Claim(
         "3, Fig. 2",
@@ -235,4 +272,7 @@ CLAIMS: Final[tuple[Claim, ...]] = (
         undo_is_on_the_front("moderate"),
     ),
     Claim("6, Fig. 7", "After the whole attack, too.", undo_is_on_the_front("whole")),
+    Claim("6, Fig. 8", "On WMDP, UNDO makes MaxEnt and RMU relearn less.", undo_outlasts_its_teacher),
+    Claim("6", "There, UNDO costs some retain performance.", undo_costs_retain_performance),
+    Claim("D.2.7, Tab. 13", "There, what is retained falls with alpha.", retained_after_noise_falls_with_alpha),
 )

@@ -110,3 +110,21 @@ SHARE_AT_ALPHA_06: Final = {"language": 0.35, "arithmetic": 0.20}
 
 # Its compute at the strongest setting, alpha = 0.8, against that of data filtering (abstract).
 COMPUTE_AT_ALPHA_08: Final = (0.6, 0.8)
+
+# Table 10: the points chosen on WMDP: domain -> method -> rank by what it retains -> (alpha, learning rate).
+POINTS: Final[dict[str, dict[str, dict[str, tuple[float, float]]]]] = {
+    "bio": {
+        "rmu": {"best": (0.5, 5e-5), "medium": (0.3, 1e-4), "worst": (0.1, 1e-4)},
+        "maxent": {"best": (0.3, 2e-5), "medium": (0.1, 2e-5), "worst": (0.75, 5e-5)},
+    },
+    "cyber": {
+        "rmu": {"best": (0.5, 2e-5), "medium": (0.2, 2e-5), "worst": (0.1, 2e-5)},
+        "maxent": {"best": (0.2, 2e-5), "medium": (0.3, 3.5e-5), "worst": (0.3, 5e-5)},
+    },
+}
+
+# Table 13: alpha -> MMLU after distillation, beta 0; alpha 0 is Gemma-2-2B as it was.
+MMLU_AFTER_NOISE: Final = {0.0: 0.55, 0.25: 0.49, 0.35: 0.37, 0.6: 0.25}
+
+# What UNDO costs on WMDP: points of MMLU accuracy, on average (Section 6, limitations).
+MMLU_LOST: Final = 0.0488

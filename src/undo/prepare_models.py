@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 
 Size = Literal["0.1B", "0.3B", "0.6B", "0.9B", "2B"]
-SIZES: Final[
-    dict[Size, dict[str, int]]
-] = {  # Table 1; of the authors' code; gemma-2-2b itself
+SIZES: Final[dict[Size, dict[str, int]]] = {  # Table 1; of the authors' code; gemma-2-2b itself
     "0.1B": {"layers": 14, "hidden_size": 320, "intermediate_size": 1280, "head_dim": 128},
     "0.3B": {"layers": 14, "hidden_size": 768, "intermediate_size": 3072, "head_dim": 128},
     "0.6B": {"layers": 18, "hidden_size": 1024, "intermediate_size": 4096, "head_dim": 256},

@@ -11,7 +11,7 @@ from undo.claims import HEADER, Checked, as_rows
 from undo.display import si
 from undo.experiment import STAGES
 from undo.results import COLUMNS, Result, Results, as_text
-from undo.tables import compute, markdown, unlearning_sweep
+from undo.tables import after_noise, compute, markdown, points, unlearning_sweep
 
 
 def report(results: Results, checked: Sequence[Checked], figures: Iterable[Path], missing: Iterable[str]) -> str:
@@ -32,6 +32,10 @@ def report(results: Results, checked: Sequence[Checked], figures: Iterable[Path]
     parts += [f"- {line}\n" for line in missing]
     if sweep := unlearning_sweep(results):
         parts += ["## Unlearning, before and after (Appendix B.1)\n", sweep]
+    if chosen := points(results):
+        parts += ["## The points (Table 10)\n", chosen]
+    if noised := after_noise(results):
+        parts += ["## Noise, and what is retained after it (Table 13)\n", noised]
     if beside := compute(results):
         parts += ["## What UNDO takes (abstract, Appendix D.2.7)\n", beside]
     parts += ["## Cost\n", costs(results)]

@@ -107,6 +107,16 @@ class Results:
     def named(self, name: str) -> Result | None:
         return next((run for run in self.runs if run.name == name), None)
 
+    @property
+    def is_wmdp(self) -> bool:
+        """Whether the setting's adversaries are of several kinds, as those of Appendix D.2.5."""
+        return any(run.config.get("adversary") for run in self.of("relearn"))
+
+    @cached_property
+    def start(self) -> dict[str, float]:
+        """Performance of the pretrained model that everything was unlearned from; empty where nothing was."""
+        return next((run.evaluations[0] for run in self.of("unlearn") if 0 in run.evaluations), {})
+
     @cached_property
     def attacked(self) -> tuple[Attacked, ...]:
         """Relearn runs grouped by model, in the order of the pipeline."""
@@ -161,11 +171,11 @@ class Results:
 
     @cached_property
     def compared(self) -> dict[str, list[Attacked]]:
-        """Who takes part in Figure 7, by label: every unlearning method, and UNDO at alpha = 0.6, beta = 0.1 over its
-        retain thresholds (Section 6)."""
+        """Who takes part in Figures 7 and 11, by label: every unlearning method, and UNDO: at alpha = 0.6, beta = 0.1
+        over its retain thresholds (Section 6); on WMDP at alpha = 0.25, beta = 0 (D.2.4)."""
         groups: dict[str, list[Attacked]] = {}
         for a in self.attacked:
-            undo = a.label == "undo_0.6" or a.label.startswith("undo_0.6_within_")
+            undo = a.label in ("undo_0.6", "undo_maxent", "undo_rmu") or a.label.startswith("undo_0.6_within_")
             if undo or ("teacher" not in a.model.config and a.label not in ("reference", "oracle")):
                 groups.setdefault(a.label, []).append(a)
         return groups

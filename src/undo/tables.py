@@ -7,18 +7,28 @@ from typing import Any, Final
 
 from undo.config import Raw, as_raw, expand, read_yaml, validate
 from undo.experiment import STAGES, Costs, plan, sources
-from undo.paper import CHOSEN, COMPUTE_AT_ALPHA_08, SHARE_AT_ALPHA_06, UNLEARNING, Sweep
+from undo.paper import (
+    CHOSEN,
+    COMPUTE_AT_ALPHA_08,
+    MMLU_AFTER_NOISE,
+    POINTS,
+    SHARE_AT_ALPHA_06,
+    UNLEARNING,
+    Sweep,
+)
 from undo.prepare_models import ReducedGemma2
 from undo.results import Result, Results
+from undo.selection import RANKS
 from undo.stage import Stage
 
 CAPTIONS: Final = {
-    "prepare": "Data (Appendix A)",
+    "prepare": "Data (Appendices A and D.2.2, Table 11)",
+    "base": "The pretrained model (D.2)",
     "pretrain": "Models and pretraining (Tables 1 and 2)",
-    "unlearn": "Unlearning (Table 5, B.1, D.1)",
+    "unlearn": "Unlearning (Tables 5, 9 and 10, B.1, D.1)",
     "distill": "Oracle matching (Table 3), Unlearn-and-Distill (Table 6)",
-    "undo": "UNDO (Table 6, Appendix C, D.1)",
-    "relearn": "Relearning attacks (Table 4)",
+    "undo": "UNDO (Table 6, Appendix C, D.1, D.2.4)",
+    "relearn": "Relearning attacks (Tables 4 and 12)",
 }
 HIDDEN: Final = ("name", "variant", "execution", "seeds")  # of a run, not of an experiment
 MANY: Final = 11  # more values than this are counted, not listed
@@ -144,6 +154,40 @@ def unlearning_sweep(results: Results) -> str | None:
     if same:
         return markdown([*header, "difference, retain", "difference, forget"], rows)
     return markdown(header, rows) + "\nThe paper's are those of the run it chose, at its own size: not like for like.\n"
+
+
+def points(results: Results) -> str | None:
+    """Table 10: the points of each method on WMDP, what they retain and forget, medians over seeds; and the paper's."""
+    theirs = POINTS.get(results.setting.partition("_")[2], {})
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for run in results.of("unlearn"):
+        method, _, rank = run.config["variant"].rpartition("_")
+        if rank in RANKS:
+            groups.setdefault((method, rank), []).append(run)
+    rows = []
+    for (method, rank), runs in groups.items():
+        config = runs[0].config
+        values = config["method"].get("base") or config["method"]
+        printed = theirs.get(method, {}).get(rank)
+        ours = f"α = {values['alpha']:g}, {config['training']['learning_rate']:g}"
+        performance = [f"{median(r.facts['evaluation'][role] for r in runs):.3f}" for role in ("retain", "forget")]
+        rows.append((method, rank, ours, f"α = {printed[0]:g}, {printed[1]:g}" if printed else "-", *performance))
+    start = [f"{results.start[role]:.3f}" for role in ("retain", "forget")] if results.start else []
+    header = ("method", "rank by retain", "alpha, rate", "paper", "retain", "forget")
+    return markdown(header, [*([("before", "", "", "", *start)] if start else []), *rows]) if rows else None
+
+
+def after_noise(results: Results) -> str | None:
+    """Table 13: alpha against the retain performance after distillation, beta 0; MaxEnt's student of the first seed."""
+    runs = [run for run in results.of("undo") if run.config["variant"].startswith("undo_maxent")]
+    if not results.is_wmdp or not runs:
+        return None
+    first = min(run.seed for run in runs)
+    found = {run.config["noise"]["alpha"]: run.facts["evaluation"]["retain"] for run in runs if run.seed == first}
+    found[0.0] = results.start["retain"]
+    paper = {alpha: f"{MMLU_AFTER_NOISE[alpha]:.2f}" if alpha in MMLU_AFTER_NOISE else "-" for alpha in found}
+    rows = [("before" if alpha == 0 else f"{alpha:g}", paper[alpha], f"{found[alpha]:.3f}") for alpha in sorted(found)]
+    return markdown(("alpha", "paper: MMLU of Gemma-2-2B", f"ours: retain {runs[0].unit}"), rows)
 
 
 def compute(results: Results) -> str | None:

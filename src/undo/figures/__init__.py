@@ -13,6 +13,7 @@ from undo.figures.noise import noise_grid
 from undo.figures.relearning import average_relearning_curves, relearning_curves
 from undo.figures.tradeoff import retain_against_forget
 from undo.figures.unlearning import unlearning_tradeoff
+from undo.figures.wmdp import relearning_of_wmdp, tradeoff_of_wmdp
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,9 +27,17 @@ FIGURES: Final[dict[str, Callable[["Results"], "Figure | Missing"]]] = {
     "fig5": robustness_against_compute,
     "fig6": noise_grid,
     "fig7": retain_against_forget,
+    "fig8": relearning_of_wmdp,
     "fig9": distillation_trends,
     "fig10": average_relearning_curves,
+    "fig11": tradeoff_of_wmdp,
 }
+WMDP: Final = ("fig8", "fig11")  # of a pretrained model; all others are of models that were trained here
+
+
+def figures_of(results: "Results") -> list[str]:
+    """The figures that the paper draws of such an experiment."""
+    return [name for name in FIGURES if (name in WMDP) == results.is_wmdp]
 
 
 def draw(names: Iterable[str], results: "Results", folder: Path) -> tuple[list[Path], list[str]]:

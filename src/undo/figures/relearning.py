@@ -91,6 +91,8 @@ def alpha_of(attacked: Attacked) -> float | None:
 def describe(attacked: Attacked) -> str:
     """The name of a model in a legend that holds models of all kinds."""
     alpha = alpha_of(attacked)
+    if attacked.label in ("undo_maxent", "undo_rmu"):
+        return f"UNDO of {METHODS[attacked.label.partition('_')[2]]}"
     if alpha is not None:
         noise, within = attacked.model.config["noise"], attacked.model.config["retain_threshold"]
         beta = "" if noise["beta"] == 0.1 else f", β = {noise['beta']:g}"

@@ -17,6 +17,10 @@ COLORS: Final = {  # Okabe and Ito
     "unlearned_rmu": "#CC79A7",
     "distilled_graddiff": "#56B4E9",
     "distilled_rmu": "#009E73",
+    "maxent": "#D55E00",
+    "rmu": "#CC79A7",
+    "undo_maxent": "#0072B2",
+    "undo_rmu": "#009E73",
     "retain": "#0072B2",
     "forget": "#D55E00",
 }
@@ -45,7 +49,9 @@ def color_of(label: str, alpha: float | None = None) -> str:
     """A model's own colour; UNDO's runs from light to dark with alpha; the other baselines grey, with their marks."""
     if label.partition("_")[0] in BASELINES:
         return "#777777"
-    return COLORS.get(label, INK) if alpha is None else shade(alpha)
+    if alpha is None or label in COLORS:
+        return COLORS.get(label) or COLORS.get(label.partition("_")[0], INK)
+    return shade(alpha)
 
 
 def shade(share: float) -> str:

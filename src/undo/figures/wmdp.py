@@ -1,0 +1,73 @@
+"""Figures 8 and 11: relearning what was unlearned in a pretrained model, and at what price (Section 6, D.2.7)."""
+
+from collections.abc import Iterable
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from undo.figures.missing import Missing
+from undo.figures.relearning import describe, legend
+from undo.figures.tradeoff import retain_against_forget
+from undo.figures.unlearning import NAMES as METHODS
+from undo.results import Attacked, Curve, Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def adversaries(members: Iterable[Attacked]) -> dict[tuple[str, float], Curve]:
+    """(Adversary, learning rate) -> its forget curve, averaged over the seeds of a model."""
+    found: dict[tuple[str, float], list[Curve]] = {}
+    for attacked in members:
+        for run in attacked.adversaries:
+            key = run.config.get("adversary", ""), run.config["training"]["learning_rate"]
+            found.setdefault(key, []).append(run.curve("forget"))
+    return {
+        key: {step: fmean(c[step] for c in curves) for step in sorted(set.intersection(*map(set, curves)))}
+        for key, curves in found.items()
+    }
+
+
+def relearning_of_wmdp(results: Results) -> "Figure | Missing":
+    """Figure 8: a panel a method; its best-retaining point and UNDO of it under every adversary, averaged over seeds.
+
+    Bold: the adversary that gets furthest by the last step. Dashed: the model before anything was unlearned.
+    """
+    from undo.figures.style import INK, color_of, panels
+
+    groups: dict[str, list[Attacked]] = {}
+    for attacked in results.attacked:
+        groups.setdefault(attacked.label, []).append(attacked)
+    methods = [m for m in ("maxent", "rmu") if f"{m}_best" in groups and f"undo_{m}" in groups]
+    if not methods:
+        return Missing("an attacked model and UNDO of it", "relearn/undo_*")
+    figure, axes = panels(len(methods))
+    figure.set_size_inches(0.8 + 3.2 * len(methods), 3.2)
+    for axis, method in zip(axes, methods, strict=True):
+        for label in (f"{method}_best", f"undo_{method}"):
+            color, curves = color_of(label), adversaries(groups[label])
+            best = max if groups[label][0].model.higher_is_better else min
+            strongest = best(curves, key=lambda key, curves=curves: curves[key][max(curves[key])])
+            for key, curve in curves.items():
+                bold = key == strongest
+                axis.plot(
+                    list(curve),
+                    list(curve.values()),
+                    color=color,
+                    linewidth=2.2 if bold else 0.6,
+                    alpha=1 if bold else 0.45,
+                    marker="o" if bold else None,
+                    markersize=3,
+                    label=f"{describe(groups[label][0])}: {key[0] or 'adversary'}, {key[1]:g}" if bold else None,
+                )
+        if "forget" in results.start:
+            axis.axhline(results.start["forget"], color=INK, linewidth=0.8, linestyle="--", label="before unlearning")
+        axis.set_title(METHODS[method], fontsize=9)
+        axis.set_xlabel("relearning steps", fontsize=8)
+    axes[0].set_ylabel(f"forget {results.attacked[0].model.unit}", fontsize=8)
+    legend(figure, axes)
+    return figure
+
+
+def tradeoff_of_wmdp(results: Results) -> "Figure | Missing":
+    """Figure 11: retain against forget performance after unlearning, a low- and a high-compute attack."""
+    return retain_against_forget(results)
