@@ -96,7 +96,7 @@ class Execution(Frozen):
     micro_rows: Count | None = None  # rows in one forward and backward; None: the whole batch
     checkpoint_every: Count = 100  # steps
     runs_per_gpu: Count = 1
-    runs_per_process: Count = 1  # runs with the same parents that share a process, one after the other: saves start-up
+    runs_per_process: Count = 1  # runs of the same models that share a process, one after the other: saves start-up
     compile: bool | None = None  # the model's body by torch.compile; None: on CUDA, in runs of 1000 steps and more
     threads: Count = 1  # of one run on CPU; cores / threads runs go side by side
     tracking: Literal["off", "offline", "online"] = "off"  # Weights & Biases

@@ -181,10 +181,10 @@ def command_for(name: str, setting: str) -> str:
 
 
 def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
-    """Runs that are not done, grouped: those of a stage that start from the same parents share a process."""
+    """Runs that are not done, grouped: those of a stage that start from the same models share a process."""
     todo = [p for p in planned if not p.directory.done]
     result = []
-    for _, group in groupby(todo, key=lambda p: (p.stage.name, p.config.parents(), p.config.execution)):
+    for _, group in groupby(todo, key=lambda p: (p.stage.name, models(p), p.config.execution)):
         members = list(group)
         execution = members[0].config.execution
         for start in range(0, len(members), execution.runs_per_process):
@@ -193,11 +193,16 @@ def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
                 Job(
                     argv=(sys.executable, *part[0].stage.command, "--work"),
                     runs=tuple(p.directory for p in part),
-                    waits_for=frozenset(part[0].config.parents()),
+                    waits_for=frozenset(parent for p in part for parent in p.config.parents()),
                     share=DeviceShare(execution.runs_per_gpu, execution.threads),
                 )
             )
     return result
+
+
+def models(run: PlannedRun) -> tuple[str, ...]:
+    """The parents of a run that are no data."""
+    return tuple(parent for parent in run.config.parents() if not parent.startswith("prepare/"))
 
 
 # --- what it will cost ---------------------------------------------------------------------------------------------
