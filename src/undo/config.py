@@ -117,7 +117,7 @@ class StageConfig(Frozen):
         return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
-Config = TypeVar("Config", bound=StageConfig)
+Config = TypeVar("Config", bound=Frozen)
 
 
 def _validators(field: Any) -> list[Any]:
