@@ -10,11 +10,10 @@ import copy
 import io
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
@@ -26,7 +25,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import aggregate_subtask_metrics
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import env as templates
 from torch import Tensor, nn
@@ -38,6 +36,16 @@ from undo.evaluate.multiple_choice import LETTERS, Question, Questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    class HFLM(TemplateLM):  # the decorator that registers it hides its type
+        _model: PreTrainedModel | None
+        model: PreTrainedModel
+        max_length: int
+        eot_token_id: int  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
+
+        def _loglikelihood_tokens(self, requests: Any, **options: Any) -> list[tuple[float, bool]]: ...
+else:
+    from lm_eval.models.huggingface import HFLM
 
 SHOT_SEED: Final = 1234  # the command line's own, for tasks that draw their shots
 # Renders to what the harness' mmlu and wmdp tasks render to where there are four choices.
@@ -129,8 +137,10 @@ def build(questions: Questions) -> tuple[Group | None, list[ConfigurableTask]]:
     if questions.path is not None:
         config, locals_ = local_tasks(questions, "questions")
         tasks = [ConfigurableTask(config=task.config | {"custom_dataset": _in_memory(task)}) for task in locals_]
-        group = None if config is None else Group.from_config(config)
-        for task in tasks if group is not None else ():
+        if config is None:
+            return None, tasks
+        group = Group.from_config(config)
+        for task in tasks:
             group.add(task)
         return group, tasks
     from lm_eval.tasks import TaskManager
@@ -184,7 +194,7 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def compiled_once() -> Iterator[None]:
     """The harness compiles its template anew for every question and every shot: most of the time that prompts take."""
-    templates.from_string = cache(templates.from_string)
+    templates.from_string = cache(templates.from_string)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
@@ -229,8 +239,9 @@ def plan(requests: Sequence[Encoded], rows: int, reuse: bool = True) -> Plan:
     inputs = [(*context, *continuation[:-1]) for context, continuation in requests]
     prefix: tuple[int, ...] = ()
     if reuse and len(set(inputs)) > 1:
-        shared = os.path.commonprefix(inputs)  # of sequences of any kind
-        prefix = tuple(shared[: min(len(request.context) for request in requests) - 1])
+        first, last = min(inputs), max(inputs)  # what these two begin with, all others begin with
+        most = min(len(request.context) for request in requests) - 1  # every row keeps a token
+        prefix = first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)][:most]
     tails = [ids[len(prefix) :] for ids in inputs]
     holder: dict[tuple[int, ...], tuple[int, ...]] = {}  # an input that begins another one needs no row of its own
     following: tuple[int, ...] = ()
@@ -317,7 +328,7 @@ def _for_reading(model: "PreTrainedModel") -> Iterator[Forward]:
         outputs = model(input_ids=ids, past_key_values=behind, use_cache=behind is not None or reads is None)
         return outputs.logits[0], getattr(outputs, "past_key_values", None)
 
-    attention, training = model.config._attn_implementation, model.training
+    attention, training = cast(str, model.config._attn_implementation), model.training
     head.forward = at_reads
     model.eval()
     try:
@@ -344,8 +355,8 @@ def _repeated(shared: DynamicCache, rows: int) -> DynamicCache:
     """The same keys and values for several rows, without copying them; what is added leaves the original as it is."""
     repeated = copy.copy(shared)
     repeated.layers = [copy.copy(layer) for layer in shared.layers]
-    for layer in repeated.layers:
-        if isinstance(layer.keys, Tensor) and isinstance(layer.values, Tensor):
+    for layer in cast(list[DynamicLayer], repeated.layers):
+        if isinstance(layer.keys, Tensor) and isinstance(layer.values, Tensor):  # not where layers share them
             layer.keys = layer.keys.expand(rows, -1, -1, -1)
             layer.values = layer.values.expand(rows, -1, -1, -1)
     return repeated
@@ -375,12 +386,13 @@ class InMemory(HFLM):
 
     def encode(self, requests: Sequence[Instance]) -> list[Encoded]:
         """As TemplateLM.loglikelihood does, but all texts at once: a fast tokenizer then uses all cores."""
-        texts = {text for r in requests if r.args[0] for text in (r.args[0], r.args[0] + r.args[1])}
+        pairs = [cast(tuple[str, str], request.args) for request in requests]
+        texts = {text for context, choice in pairs if context for text in (context, context + choice)}
         begin = self.tokenizer.decode(self.prefix_token_id)
         plain = sorted(text for text in texts if not has_bos_prefix(text, begin))
         self._known = dict(zip(plain, self.tokenizer(plain)["input_ids"], strict=True)) if plain else {}
         try:
-            return [self._encode(*request.args) for request in requests]
+            return [self._encode(*pair) for pair in pairs]
         finally:
             self._known = {}
 
@@ -414,10 +426,6 @@ class InMemory(HFLM):
         return {}  # HFLM's asks the hub
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    return AutoTokenizer.from_pretrained(folder)
-
-
 class Asked(NamedTuple):
     """A question in the harness' form: its row, and its choices as requests."""
 
@@ -443,8 +451,7 @@ class Benchmark:
     def __init__(
         self, questions: Questions, tokenizer: "PreTrainedTokenizerBase", rows: int = 16, reuse: bool = True
     ) -> None:
-        self.questions, self.rows, self.reuse = questions, rows, reuse
-        self.lm = InMemory(tokenizer)
+        self.questions, self.tokenizer, self.rows, self.reuse = questions, tokenizer, rows, reuse
         self.asked: list[Asked] = []
         self._plans: dict[tuple[int, ...], list[tuple[list[int], Plan]]] = {}
         with quiet(), compiled_once():
@@ -456,7 +463,7 @@ class Benchmark:
                     chosen = questions.sample(task.task_name, len(task.eval_docs))
                 task.build_all_requests(samples=chosen)
                 instances = task.instances
-                encoded = self.lm.encode(instances)
+                encoded = InMemory(tokenizer).encode(instances)
                 by_doc: dict[int | None, list[int]] = {}
                 for index, instance in enumerate(instances):
                     by_doc.setdefault(instance.doc_id, []).append(index)
@@ -476,11 +483,11 @@ class Benchmark:
 
     def fits(self, model: "PreTrainedModel") -> None:
         """Raises ConfigError if a prompt is longer than the model's context; the harness would cut it on the left."""
-        self.lm._model = model
-        if self.longest > self.lm.max_length:
+        most = InMemory(self.tokenizer, model).max_length
+        if self.longest > most:
             raise ConfigError(
                 f"{self.questions.path or self.questions.task}: a question with its {self.questions.shots} shots has "
-                f"{self.longest} tokens, the model reads {self.lm.max_length}\nuse fewer shots, or leave it out"
+                f"{self.longest} tokens, the model reads {most}\nuse fewer shots, or leave it out"
             )
 
     def ask(self, model: "PreTrainedModel", indices: Sequence[int] | None = None) -> Answered:
@@ -536,3 +543,9 @@ class Benchmark:
                 )
         right = round(sum(map(sum, hits.values())))
         return Answered(accuracy, right, chosen, choices, scores, tokens)
+
+
+@lru_cache(maxsize=4)
+def benchmark(questions: Questions, tokenizer: Path, rows: int) -> Benchmark:
+    """For the tokenizer in a folder. Runs that share a process ask the same questions: they are rendered once."""
+    return Benchmark(questions, AutoTokenizer.from_pretrained(tokenizer), rows)

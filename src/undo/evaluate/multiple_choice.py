@@ -116,22 +116,21 @@ class MultipleChoice(EvaluationConfig):
 
     def load(self, data: RunDirectory, device: "torch.device") -> Evaluator:
         self.check()
-        from undo.evaluate.harness import Benchmark, load_tokenizer
+        from undo.evaluate.harness import benchmark
 
-        tokenizer = load_tokenizer(data.folder / "tokenizer")
         parts = {}  # role -> its questions, the subset's indices, those of the rest
         for role, questions in self._roles():
-            benchmark = Benchmark(questions, tokenizer, self.rows)
-            parts[role] = benchmark, *self.split(len(benchmark))
-        whole = sum(len(benchmark) for benchmark, _, _ in parts.values())
+            asked = benchmark(questions, data.folder / "tokenizer", self.rows)
+            parts[role] = asked, *self.split(len(asked))
+        whole = sum(len(asked) for asked, _, _ in parts.values())
 
         def measure(model: "Gemma2ForCausalLM", full: bool) -> Measured:
             values: dict[str, float] = {}
             tokens = seen = 0
-            for benchmark, _, _ in parts.values():
-                benchmark.fits(model)  # before any of them costs time
-            for role, (benchmark, subset, rest) in parts.items():
-                answered = benchmark.ask(model, sorted([*subset, *rest]) if full else list(subset))
+            for asked, _, _ in parts.values():
+                asked.fits(model)  # before any of them costs time
+            for role, (asked, subset, rest) in parts.items():
+                answered = asked.ask(model, sorted([*subset, *rest]) if full else list(subset))
                 values[role] = answered.accuracy
                 values |= {
                     f"{role}/{name}": value
@@ -175,7 +174,7 @@ def read(pattern: str, subject: str | None = None) -> list[Question]:
 
     Raises ConfigError that names the file, the row (the first is 0) and what is wrong.
     """
-    files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207  # the user's own glob
+    files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
     if not files:
         raise ConfigError(f"{pattern}: no such file; give {', '.join(FORMATS)} with question, choices and answer")
     questions = []
