@@ -325,7 +325,8 @@ def _for_reading(model: "PreTrainedModel") -> Iterator[Forward]:
 
     def forward(ids: Tensor, behind: DynamicCache | None, reads: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Any]:
         at[0] = reads
-        outputs = model(input_ids=ids, past_key_values=behind, use_cache=behind is not None or reads is None)
+        state: dict[str, Any] = {} if behind is None else {"past_key_values": behind}
+        outputs = model(input_ids=ids, use_cache=behind is not None or reads is None, **state)
         return outputs.logits[0], getattr(outputs, "past_key_values", None)
 
     attention, training = cast(str, model.config._attn_implementation), model.training
@@ -464,6 +465,8 @@ class Benchmark:
                 task.build_all_requests(samples=chosen)
                 instances = task.instances
                 encoded = InMemory(tokenizer).encode(instances)
+                if not all(request.continuation for request in encoded):
+                    raise ConfigError(f"{questions.path or questions.task}: the tokenizer has no token for a choice")
                 by_doc: dict[int | None, list[int]] = {}
                 for index, instance in enumerate(instances):
                     by_doc.setdefault(instance.doc_id, []).append(index)
