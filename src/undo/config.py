@@ -284,8 +284,11 @@ def _explain(error: ValidationError, schema: type[BaseModel], raw: Raw) -> str:
         text = f"key {key!r} is missing"
     else:
         message = first["msg"].removeprefix("Value error, ")
-        text = f"{key}: {message[0].lower()}{message[1:]}" + (
-            "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        text = (
+            f"{key}: " * bool(key)
+            + message[0].lower()
+            + message[1:]
+            + ("" if isinstance(first["input"], dict) else f" (got {first['input']!r})")
         )
     return text + (f" (and {len(others)} more)" if others else "")
 

@@ -164,7 +164,8 @@ def build(questions: Questions) -> tuple[Group | None, list[ConfigurableTask]]:
         fixed = task.get_config("num_fewshot")
         if fixed == 0 and questions.shots:  # the command line would quietly ask without shots
             raise ConfigError(f"{task.task_name} is made for 0 shots, not {questions.shots}; leave `shots` out")
-        task.set_config("num_fewshot", questions.shots)
+        if fixed is None or questions.shots:
+            task.set_config("num_fewshot", questions.shots)
     root = loaded.get("groups", {}).get(cast(str, questions.task))
     return (root if root is not None and root.has_aggregation else None), tasks
 

@@ -45,7 +45,7 @@ class Questions(Frozen):
     task: str | None = None  # a name that the harness knows: mmlu, wmdp_bio, ...
     path: str | None = None  # a file or a glob, .parquet, .jsonl or .json: question, choices, answer (index), [subject]
     subject: str | None = None  # of all questions of a file that has no such column; it stands in the prompt
-    shots: Annotated[int, Field(ge=0)] = 0  # solved examples before each question
+    shots: Annotated[int, Field(ge=0)] = 0  # solved examples before each question; 0: as the task has it
     shots_path: str | None = None  # where they come from: the first ones of the question's subject, in order
     share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of each subject, drawn at random; the authors take the first
     seed: int = 0  # of that draw
