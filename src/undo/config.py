@@ -120,7 +120,7 @@ class StageConfig(Frozen):
         return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
-Config = TypeVar("Config", bound=StageConfig)
+Config = TypeVar("Config", bound=Frozen)
 
 
 def _validators(field: Any) -> list[Any]:
@@ -300,8 +300,11 @@ def _explain(error: ValidationError, schema: type[BaseModel], raw: Raw) -> str:
         text = f"key {key!r} is missing"
     else:
         message = first["msg"].removeprefix("Value error, ")
-        text = f"{key}: {message[0].lower()}{message[1:]}" + (
-            "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        text = (
+            f"{key}: " * bool(key)
+            + message[0].lower()
+            + message[1:]
+            + ("" if isinstance(first["input"], dict) else f" (got {first['input']!r})")
         )
     return text + (f" (and {len(others)} more)" if others else "")
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from undo.config import Raw
-from undo.evaluate import Accuracy, TokenCrossEntropy
+from undo.evaluate import Evaluation
+from undo.evaluate.evaluator import EvaluationConfig
 from undo.experiment import STAGES
 from undo.run import RunDirectory, write_atomically
 
@@ -46,15 +47,17 @@ class Result:
 
     @property
     def higher_is_better(self) -> bool:
-        name = self.config["evaluation"]["name"]
-        return next(
-            kind.higher_is_better for kind in (Accuracy, TokenCrossEntropy) if kind.model_fields["name"].default == name
-        )
+        return self._evaluation.higher_is_better
 
     @property
     def unit(self) -> str:
+        return self._evaluation.unit
+
+    @property
+    def _evaluation(self) -> type[EvaluationConfig]:
+        kinds: tuple[type[EvaluationConfig], ...] = get_args(get_args(Evaluation)[0])
         name = self.config["evaluation"]["name"]
-        return next(kind.unit for kind in (Accuracy, TokenCrossEntropy) if kind.model_fields["name"].default == name)
+        return next(kind for kind in kinds if kind.model_fields["name"].default == name)
 
 
 @dataclass(frozen=True)

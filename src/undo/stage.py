@@ -51,6 +51,12 @@ class TrainingStage(StageConfig):
     def validated_on(self) -> RunName:
         return self.evaluation_data or self.data
 
+    def check(self) -> None:
+        try:
+            self.evaluation.check()
+        except ConfigError as error:
+            raise ConfigError(f"evaluation.{error}") from None
+
     def seed_for(self, concern: Concern) -> int:
         """Independent for each stage, concern and seed; the same for all runs of a stage that share the seed."""
         stage = zlib.crc32(type(self).__name__.encode())

@@ -9,5 +9,6 @@ from pydantic import Field
 
 from undo.evaluate.accuracy import Accuracy
 from undo.evaluate.cross_entropy import TokenCrossEntropy
+from undo.evaluate.multiple_choice import MultipleChoice
 
-Evaluation = Annotated[Accuracy | TokenCrossEntropy, Field(discriminator="name")]
+Evaluation = Annotated[Accuracy | TokenCrossEntropy | MultipleChoice, Field(discriminator="name")]

@@ -1,9 +1,10 @@
-"""Mean cross entropy per token on packed validation text, by role."""
+"""Mean cross entropy per token on packed validation text, by role; multiple choice beside it, if wanted."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from undo.config import Count
+from undo.config import ConfigError, Count
 from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured
+from undo.evaluate.multiple_choice import MultipleChoice
 from undo.run import RunDirectory
 from undo.tokens import TokenStore
 
@@ -20,6 +21,14 @@ class TokenCrossEntropy(EvaluationConfig):
     unit: ClassVar[str] = "cross entropy (nats)"
 
     rows: Count = 16
+    choices: MultipleChoice | None = None  # asked in full evaluations only: accuracy/retain, accuracy/forget, ...
+
+    def check(self) -> None:
+        if self.choices is not None:
+            try:
+                self.choices.check()
+            except ConfigError as error:
+                raise ConfigError(f"choices.{error}") from None
 
     def load(self, data: RunDirectory, device: "torch.device") -> Evaluator:
         parts = {}  # role -> batches of the subset, batches of the rest
@@ -30,6 +39,7 @@ class TokenCrossEntropy(EvaluationConfig):
                 for indices in self.split(len(store))
             ]
 
+        choices = self.choices.load(data, device) if self.choices is not None else None
         whole = sum(t.total for both in parts.values() for some in both for t in some)
 
         def measure(model: "Gemma2ForCausalLM", full: bool) -> Measured:
@@ -44,6 +54,11 @@ class TokenCrossEntropy(EvaluationConfig):
             values = {role: value / total for role, value, total in by_role}
             if (share := sum(totals) / whole) < 1:
                 values[SHARE] = share
-            return Measured(values, sum(t.input_ids.numel() for some in batches.values() for t in some))
+            tokens = sum(t.input_ids.numel() for some in batches.values() for t in some)
+            if full and choices is not None:
+                asked = choices(model, True)
+                values |= {f"accuracy/{name}": value for name, value in asked.values.items()}
+                tokens += asked.tokens
+            return Measured(values, tokens)
 
         return measure

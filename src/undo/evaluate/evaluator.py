@@ -36,6 +36,9 @@ class EvaluationConfig(Frozen):
     rows: Count = 256  # packed rows in one forward pass
     subset: Count | None = None  # size of the fixed subset for periodic evaluations; None: always the whole set
 
+    def check(self) -> None:
+        """Raises ConfigError for what is wrong with the evaluation's own files, before a model is loaded."""
+
     def load(self, data: RunDirectory, device: "torch.device") -> Evaluator:
         """Read the validation data of a prepare run, tokenise what must be tokenised, once."""
         raise TypeError(f"{type(self).__name__} does not say how to load its data")

@@ -1,0 +1,36 @@
+"""python -m undo.evaluate export FOLDER path=... [shots=5 shots_path=... share=0.4 ...]
+
+Writes the questions as a task folder of the lm-evaluation-harness and prints the command that measures the same.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from undo.config import ConfigError, parse_overrides, validate
+from undo.evaluate.multiple_choice import Questions
+
+
+def main(arguments: list[str]) -> int:
+    match arguments:
+        case ["export", folder, *values] if values:
+            pass
+        case _:
+            print(__doc__)
+            return 0 if arguments in (["-h"], ["--help"]) else 2
+    try:
+        questions = validate(Questions, parse_overrides(values), "export")
+        questions.check()
+        from undo.evaluate.harness import write_task
+
+        asked = write_task(questions, Path(folder))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    model = ["--model", "hf", "--model_args", "pretrained=MODEL_FOLDER,dtype=float32"]
+    print(shlex.join(["lm_eval", *model, *asked]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

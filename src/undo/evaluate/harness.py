@@ -1,0 +1,555 @@
+"""The lm-evaluation-harness on a model in memory: its tasks, prompts, tokens, verdicts and sums; our forward passes.
+
+What a question costs is shared where that changes nothing. The choices of a question are read off one forward pass
+where they differ in their last token only; the questions of a task stand behind one prefix (the description and the
+shots), which is computed once and whose keys and values are then used by every batch. Rows are padded on the right, so
+that no token sees the padding and positions need no correction.
+"""
+
+import copy
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+
+import numpy as np
+import torch
+import yaml
+from lm_eval.api.group import Group
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import aggregate_subtask_metrics
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.utils import has_bos_prefix
+from lm_eval.utils import env as templates
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from undo.config import ConfigError
+from undo.evaluate.multiple_choice import LETTERS, Question, Questions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    class HFLM(TemplateLM):  # the decorator that registers it hides its type
+        _model: PreTrainedModel | None
+        model: PreTrainedModel
+        max_length: int
+        eot_token_id: int  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
+
+        def _loglikelihood_tokens(self, requests: Any, **options: Any) -> list[tuple[float, bool]]: ...
+else:
+    from lm_eval.models.huggingface import HFLM
+
+SHOT_SEED: Final = 1234  # the command line's own, for tasks that draw their shots
+# Renders to what the harness' mmlu and wmdp tasks render to where there are four choices.
+TEMPLATE: Final = {
+    "output_type": "multiple_choice",
+    "description": (
+        "The following are multiple choice questions (with answers)"
+        "{% if subject %} about {{subject|replace('_', ' ')}}{% endif %}.\n\n"
+    ),
+    "doc_to_text": (
+        "{{question.strip()}}\n{% for choice in choices %}{{letters[loop.index0]}}. {{choice}}\n{% endfor %}Answer:"
+    ),
+    "doc_to_choice": "letters",
+    "doc_to_target": "answer",
+    "test_split": "test",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    "metadata": {"version": 1.0},
+}
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+class LocalTask(NamedTuple):
+    """A task of the harness without its data, and the rows of its splits: `test`, and `dev` where it has shots."""
+
+    config: dict[str, Any]
+    splits: dict[str, list[dict[str, Any]]]
+
+
+def local_tasks(questions: Questions, name: str) -> tuple[dict[str, Any] | None, list[LocalTask]]:
+    """What both our evaluation and an exported folder consist of: a task, or one a subject and their group."""
+    tasks = []
+    subjects = questions.by_subject()
+    for index, (subject, (asked, shots)) in enumerate(subjects.items()):
+        own = name if len(subjects) == 1 else f"{name}_{index}_" + re.sub(r"\W+", "_", subject)
+        config = TEMPLATE | {"task": own, "num_fewshot": questions.shots}
+        splits = {"test": [_row(question) for question in asked]}
+        if questions.shots:
+            config |= {"fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"}}
+            splits["dev"] = [_row(shot) for shot in shots]
+        tasks.append(LocalTask(config, splits))
+    if len(tasks) == 1:
+        return None, tasks
+    group = {
+        "group": name,
+        "task": [task.config["task"] for task in tasks],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+        "metadata": {"version": 1.0},
+    }
+    return group, tasks
+
+
+def _row(question: Question) -> dict[str, Any]:
+    return question._asdict() | {
+        "choices": list(question.choices),
+        "letters": list(LETTERS[: len(question.choices)]),
+    }
+
+
+def write_task(questions: Questions, folder: Path, name: str = "questions") -> list[str]:
+    """Write what `questions` asks as tasks of the harness -> the arguments of `lm_eval` that measure the same.
+
+    The folder holds the sample itself as JSON lines, so that the command needs neither --samples nor --num_fewshot.
+    """
+    if questions.path is None:
+        raise ConfigError(f"{questions.task} is a task of the harness already: lm_eval --tasks {questions.task}")
+    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
+    group, tasks = local_tasks(questions, name)
+    for task in tasks:
+        files = {}
+        for split, rows in task.splits.items():
+            path = folder / f"{task.config['task']}.{split}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            files[split] = str(path)
+        config = task.config | {"dataset_path": "json", "dataset_kwargs": {"data_files": files}}
+        (folder / f"{task.config['task']}.yaml").write_text(yaml.safe_dump(config))
+    if group is not None:
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(group))
+    return ["--include_path", str(folder), "--tasks", name]
+
+
+def build(questions: Questions) -> tuple[Group | None, list[ConfigurableTask]]:
+    """The harness' task objects, and the group that adds them up (None for a single task). Needs no network for files.
+
+    Raises ConfigError for a task that the harness does not know, cannot get, or does not measure by accuracy.
+    """
+    if questions.path is not None:
+        config, locals_ = local_tasks(questions, "questions")
+        tasks = [ConfigurableTask(config=task.config | {"custom_dataset": _in_memory(task)}) for task in locals_]
+        if config is None:
+            return None, tasks
+        group = Group.from_config(config)
+        for task in tasks:
+            group.add(task)
+        return group, tasks
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager()
+    if questions.task not in known.all_tasks:
+        raise ConfigError(
+            f"{questions.task!r} is no task of the harness; `lm_eval ls tasks` lists them, or give `path`"
+        )
+    try:
+        loaded = known.load([questions.task])
+    except (OSError, ValueError) as error:  # not there, or no network
+        raise ConfigError(
+            f"the data of {questions.task} cannot be had: {(str(error) or type(error).__name__).splitlines()[0]}\n"
+            f"get it once with network, or give your own file with `path`"
+        ) from None
+    tasks = cast(list[ConfigurableTask], list(loaded["tasks"].values()))
+    for task in tasks:
+        if task.OUTPUT_TYPE != "multiple_choice" or "acc" not in task.aggregation():
+            raise ConfigError(f"{task.task_name} is not multiple choice measured by accuracy")
+        fixed = task.get_config("num_fewshot")
+        if fixed == 0 and questions.shots:  # the command line would quietly ask without shots
+            raise ConfigError(f"{task.task_name} is made for 0 shots, not {questions.shots}; leave `shots` out")
+        if fixed is None or questions.shots:
+            task.set_config("num_fewshot", questions.shots)
+    root = loaded.get("groups", {}).get(cast(str, questions.task))
+    return (root if root is not None and root.has_aggregation else None), tasks
+
+
+def _in_memory(task: LocalTask) -> Callable[..., Any]:
+    def dataset(**_: Any) -> Any:
+        from datasets import Dataset, DatasetDict
+
+        return DatasetDict({split: Dataset.from_list(rows) for split, rows in task.splits.items()})
+
+    return dataset
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the harness' progress bars and remarks; errors are shown still."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """The harness compiles its template anew for every question and every shot: most of the time that prompts take."""
+    templates.from_string = cache(templates.from_string)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        del templates.from_string
+
+
+# --- from requests to batches ----------------------------------------------------------------------------------------
+
+
+class Encoded(NamedTuple):
+    """A continuation whose likelihood is asked for, and what comes before it; both are not empty."""
+
+    context: list[int]
+    continuation: list[int]
+
+
+class Batch(NamedTuple):
+    """Rows behind a prefix, and what is read off them: at (row, column) the probability of what follows there."""
+
+    ids: Tensor  # int64 [rows, width], padded on the right with 0
+    row: Tensor  # int64 [reads]
+    column: Tensor  # int64 [reads], counted behind the prefix
+    read: Tensor  # int64 [picks]: which of the reads
+    token: Tensor  # int64 [picks]
+    owner: tuple[int, ...]  # [picks]: the request that the pick is a part of
+
+
+class Plan(NamedTuple):
+    """The forward passes that answer a task's requests."""
+
+    prefix: tuple[int, ...]
+    batches: tuple[Batch, ...]
+
+    @property
+    def tokens(self) -> int:
+        """That go through the model, padding included."""
+        return len(self.prefix) + sum(batch.ids.numel() for batch in self.batches)
+
+
+def plan(requests: Sequence[Encoded], rows: int, reuse: bool = True) -> Plan:
+    """Each distinct input once, in batches of about equal length, behind what all of them begin with if `reuse`."""
+    inputs = [(*context, *continuation[:-1]) for context, continuation in requests]
+    prefix: tuple[int, ...] = ()
+    if reuse and len(set(inputs)) > 1:
+        first, last = min(inputs), max(inputs)  # what these two begin with, all others begin with
+        most = min(len(request.context) for request in requests) - 1  # every row keeps a token
+        prefix = first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)][:most]
+    tails = [ids[len(prefix) :] for ids in inputs]
+    holder: dict[tuple[int, ...], tuple[int, ...]] = {}  # an input that begins another one needs no row of its own
+    following: tuple[int, ...] = ()
+    for tail in sorted(set(tails), reverse=True):
+        following = holder[following] if following[: len(tail)] == tail else tail
+        holder[tail] = following
+    distinct = sorted(set(holder.values()), key=lambda tail: (len(tail), tail))
+    asked: dict[tuple[int, ...], list[int]] = {tail: [] for tail in distinct}
+    for index, tail in enumerate(tails):
+        asked[holder[tail]].append(index)
+    batches = []
+    for start in range(0, len(distinct), rows):
+        part = distinct[start : start + rows]
+        ids = torch.zeros(len(part), len(part[-1]), dtype=torch.long)
+        reads: dict[tuple[int, int], int] = {}
+        picks = []
+        for number, tail in enumerate(part):
+            ids[number, : len(tail)] = torch.tensor(tail)
+            for index in asked[tail]:
+                first = len(requests[index].context) - 1 - len(prefix)
+                for column, token in enumerate(requests[index].continuation, first):
+                    picks.append((reads.setdefault((number, column), len(reads)), token, index))
+        row, column = torch.tensor(list(reads)).T
+        read, token, owner = zip(*picks, strict=True)
+        batches.append(Batch(ids, row, column, torch.tensor(read), torch.tensor(token), owner))
+    return Plan(prefix, tuple(batches))
+
+
+class Score(NamedTuple):
+    """log P(continuation | context) in nats, and whether greedy decoding would write it."""
+
+    loglikelihood: float
+    greedy: bool
+
+
+def score(model: "PreTrainedModel", plan: Plan) -> list[Score]:
+    """The answer to each request that the plan was made for, in order."""
+    sums: dict[int, float] = {}
+    greedy: dict[int, bool] = {}
+    device = model.device
+    with torch.no_grad(), _for_reading(model) as forward:
+        shared, prefix = None, torch.tensor([plan.prefix], dtype=torch.long, device=device)
+        if plan.prefix:
+            shared = _reusable(forward(prefix, None, None)[1])
+        for batch in plan.batches:
+            ids, column = batch.ids.to(device), batch.column.to(device)
+            behind = None
+            if shared is not None:
+                behind = _repeated(shared, len(ids))
+            elif plan.prefix:  # a model whose state cannot be shared by rows reads the prefix with each of them
+                ids, column = torch.cat([prefix.expand(len(ids), -1), ids], 1), column + len(plan.prefix)
+            logits, _ = forward(ids, behind, (batch.row.to(device), column))
+            logs = logits.float().log_softmax(-1)
+            read, token = batch.read.to(device), batch.token.to(device)
+            likelihoods, hits = logs[read, token], logs.argmax(-1)[read] == token
+            for index, value, hit in zip(batch.owner, likelihoods.tolist(), hits.tolist(), strict=True):
+                sums[index] = sums.get(index, 0.0) + value
+                greedy[index] = greedy.get(index, True) and hit
+    return [Score(sums[index], greedy[index]) for index in range(len(sums))]
+
+
+Forward = Callable[[Tensor, DynamicCache | None, tuple[Tensor, Tensor] | None], tuple[Tensor, Any]]
+
+
+@contextmanager
+def _for_reading(model: "PreTrainedModel") -> Iterator[Forward]:
+    """A forward pass of the model -> logits [reads, vocabulary] at the wanted (rows, columns) only, and the cache.
+
+    The model's own code runs around its head, so that any scaling or softcap holds; the head sees the wanted positions
+    only, in the weights' precision, because autocast's bf16 would make ties of close choices, and ties say A. Attention
+    made for packed rows gives way to the eager one, which has Gemma-2's softcap and takes a cache.
+    """
+    head = cast(nn.Module, model.get_output_embeddings())
+    weight, whole = cast(Tensor, head.weight), head.forward
+    at: list[tuple[Tensor, Tensor] | None] = [None]
+
+    def at_reads(hidden: Tensor) -> Tensor:
+        chosen = hidden[:1, :0] if at[0] is None else hidden[at[0]][None]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return whole(chosen.to(weight.dtype))
+
+    def forward(ids: Tensor, behind: DynamicCache | None, reads: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Any]:
+        at[0] = reads
+        state: dict[str, Any] = {} if behind is None else {"past_key_values": behind}
+        outputs = model(input_ids=ids, use_cache=behind is not None or reads is None, **state)
+        return outputs.logits[0], getattr(outputs, "past_key_values", None)
+
+    attention, training = cast(str, model.config._attn_implementation), model.training
+    head.forward = at_reads
+    model.eval()
+    try:
+        if attention in ("blocked", "flex_attention"):
+            model.set_attn_implementation("eager")
+        with torch.compiler.set_stance("force_eager"):  # a body compiled for packed rows would be compiled anew
+            yield forward
+    finally:
+        del head.forward
+        model.train(training)
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+
+
+def _reusable(state: Any) -> DynamicCache | None:
+    """What a model remembers, if it is keys and values and nothing else; a recurrent state is left alone."""
+    if type(state) is not DynamicCache:
+        return None
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in state.layers)
+    return state if plain else None
+
+
+def _repeated(shared: DynamicCache, rows: int) -> DynamicCache:
+    """The same keys and values for several rows, without copying them; what is added leaves the original as it is."""
+    repeated = copy.copy(shared)
+    repeated.layers = [copy.copy(layer) for layer in shared.layers]
+    for layer in cast(list[DynamicLayer], repeated.layers):
+        if isinstance(layer.keys, Tensor) and isinstance(layer.values, Tensor):  # not where layers share them
+            layer.keys = layer.keys.expand(rows, -1, -1, -1)
+            layer.values = layer.values.expand(rows, -1, -1, -1)
+    return repeated
+
+
+# --- the harness' language model -------------------------------------------------------------------------------------
+
+
+class InMemory(HFLM):
+    """`--model hf` for a model in memory: tokenisation, context length and special tokens are its very code.
+
+    May be given to `lm_eval.evaluate`; `Benchmark` uses it without, to render and tokenise once and measure often.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel | None" = None, rows: int = 16
+    ) -> None:
+        TemplateLM.__init__(self)  # HFLM's own wants to load a model
+        self.tokenizer, self.backend, self.add_bos_token, self.custom_prefix_token_id = tokenizer, "causal", None, None
+        self._model, self._max_length, self.rows = model, None, rows
+        self._known: dict[str, list[int]] = {}
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        if add_special_tokens is None and not options and string in self._known:
+            return self._known[string]
+        return super().tok_encode(string, add_special_tokens, **options)
+
+    def encode(self, requests: Sequence[Instance]) -> list[Encoded]:
+        """As TemplateLM.loglikelihood does, but all texts at once: a fast tokenizer then uses all cores."""
+        pairs = [cast(tuple[str, str], request.args) for request in requests]
+        texts = {text for context, choice in pairs if context for text in (context, context + choice)}
+        begin = self.tokenizer.decode(self.prefix_token_id)
+        plain = sorted(text for text in texts if not has_bos_prefix(text, begin))
+        self._known = dict(zip(plain, self.tokenizer(plain)["input_ids"], strict=True)) if plain else {}
+        try:
+            return [self._encode(*pair) for pair in pairs]
+        finally:
+            self._known = {}
+
+    def _encode(self, context: str, continuation: str) -> Encoded:
+        if context:
+            return Encoded(*self._encode_pair(context, continuation))
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        return Encoded(ids[:1], ids[1:]) if ids[0] == self.prefix_token_id else Encoded([self.prefix_token_id], ids)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        encoded = [
+            Encoded(context[-(self.max_length + 1 - len(continuation)) :], continuation)  # HFLM's truncation
+            for context, continuation in self.encode(requests)
+        ]
+        by_task: dict[str | None, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_task.setdefault(request.task_name, []).append(index)
+        answers: dict[int, tuple[float, bool]] = {}
+        for indices in by_task.values():
+            scores = score(self.model, plan([encoded[index] for index in indices], self.rows))
+            answers |= dict(zip(indices, scores, strict=True))
+        return [answers[index] for index in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        raise NotImplementedError("only choices are measured")
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        raise NotImplementedError("only choices are measured")
+
+    def get_model_info(self) -> dict[str, Any]:
+        return {}  # HFLM's asks the hub
+
+
+class Asked(NamedTuple):
+    """A question in the harness' form: its row, and its choices as requests."""
+
+    task: ConfigurableTask
+    doc: Mapping[str, Any]
+    requests: tuple[Encoded, ...]
+
+
+class Answered(NamedTuple):
+    """The accuracy as the harness adds it up; for each question the index chosen, and how many there were."""
+
+    accuracy: float
+    right: int
+    chosen: list[int]
+    choices: list[int]
+    scores: list[list[Score]]  # of each question's choices
+    tokens: int  # that went through the model
+
+
+class Benchmark:
+    """Questions, rendered and tokenised once, to be asked as often as one likes."""
+
+    def __init__(
+        self, questions: Questions, tokenizer: "PreTrainedTokenizerBase", rows: int = 16, reuse: bool = True
+    ) -> None:
+        self.questions, self.tokenizer, self.rows, self.reuse = questions, tokenizer, rows, reuse
+        self.asked: list[Asked] = []
+        self._plans: dict[tuple[int, ...], list[tuple[list[int], Plan]]] = {}
+        with quiet(), compiled_once():
+            self.group, self.tasks = build(questions)
+            for task in self.tasks:
+                task.set_fewshot_seed(SHOT_SEED)
+                chosen = None  # a local task holds its sample only
+                if questions.task is not None and questions.share < 1:
+                    chosen = questions.sample(task.task_name, len(task.eval_docs))
+                task.build_all_requests(samples=chosen)
+                instances = task.instances
+                encoded = InMemory(tokenizer).encode(instances)
+                if not all(request.continuation for request in encoded):
+                    raise ConfigError(f"{questions.path or questions.task}: the tokenizer has no token for a choice")
+                by_doc: dict[int | None, list[int]] = {}
+                for index, instance in enumerate(instances):
+                    by_doc.setdefault(instance.doc_id, []).append(index)
+                self.asked += [
+                    Asked(task, instances[indices[0]].doc, tuple(encoded[index] for index in indices))
+                    for indices in by_doc.values()
+                ]
+                task._instances = None  # the texts of some 10,000 prompts with their shots
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest input."""
+        return max(len(r.context) + len(r.continuation) - 1 for asked in self.asked for r in asked.requests)
+
+    def fits(self, model: "PreTrainedModel") -> None:
+        """Raises ConfigError if a prompt is longer than the model's context; the harness would cut it on the left."""
+        most = InMemory(self.tokenizer, model).max_length
+        if self.longest > most:
+            raise ConfigError(
+                f"{self.questions.path or self.questions.task}: a question with its {self.questions.shots} shots has "
+                f"{self.longest} tokens, the model reads {most}\nuse fewer shots, or leave it out"
+            )
+
+    def ask(self, model: "PreTrainedModel", indices: Sequence[int] | None = None) -> Answered:
+        """Those questions, or all of them."""
+        indices = range(len(self)) if indices is None else indices
+        scores: dict[int, list[Score]] = {}
+        tokens = 0
+        for numbers, planned in self._planned(tuple(indices)):
+            answers = iter(score(model, planned))
+            for number in numbers:
+                scores[number] = [next(answers) for _ in self.asked[number].requests]
+            tokens += planned.tokens
+        return self._add_up(indices, [scores[index] for index in indices], tokens)
+
+    def _planned(self, indices: tuple[int, ...]) -> list[tuple[list[int], Plan]]:
+        """For each task the numbers of its questions, and the forward passes that answer them; made once."""
+        if indices not in self._plans:
+            by_task: dict[int, list[int]] = {}
+            for index in indices:
+                by_task.setdefault(id(self.asked[index].task), []).append(index)
+            self._plans[indices] = [
+                (numbers, plan([r for n in numbers for r in self.asked[n].requests], self.rows, self.reuse))
+                for numbers in by_task.values()
+            ]
+        return self._plans[indices]
+
+    def _add_up(self, indices: Sequence[int], scores: list[list[Score]], tokens: int) -> Answered:
+        """By the tasks' own process_results, and their group's aggregate."""
+        hits: dict[str, list[float]] = {}
+        chosen, choices = [], []
+        for index, answers in zip(indices, scores, strict=True):
+            task, doc, _ = self.asked[index]
+            hits.setdefault(task.task_name, []).append(task.process_results(doc, answers)["acc"])
+            number = len(task.doc_to_choice(doc))
+            chosen.append(int(np.argmax([answer.loglikelihood for answer in answers[:number]])))
+            choices.append(number)
+        metrics: dict[str, Any] = {
+            task.task_name: {
+                "acc,none": task.aggregation()["acc"](hits[task.task_name]),
+                "sample_len": len(hits[task.task_name]),
+            }
+            for task in self.tasks
+            if task.task_name in hits
+        }
+        with quiet():
+            if self.group is not None:
+                accuracy = cast(dict[str, Any], self.group.aggregate(metrics))["acc,none"]
+            elif len(metrics) == 1:
+                accuracy = next(iter(metrics.values()))["acc,none"]
+            else:
+                accuracy = aggregate_subtask_metrics(
+                    [m["acc,none"] for m in metrics.values()], [m["sample_len"] for m in metrics.values()]
+                )
+        right = round(sum(map(sum, hits.values())))
+        return Answered(accuracy, right, chosen, choices, scores, tokens)
+
+
+@lru_cache(maxsize=4)
+def benchmark(questions: Questions, tokenizer: Path, rows: int) -> Benchmark:
+    """For the tokenizer in a folder. Runs that share a process ask the same questions: they are rendered once."""
+    return Benchmark(questions, AutoTokenizer.from_pretrained(tokenizer), rows)

@@ -1,0 +1,252 @@
+"""Multiple choice as EleutherAI's lm-evaluation-harness measures it (D.2.1: MMLU 5-shot, WMDP zero-shot).
+
+The harness renders the prompts, draws the shots, tokenises, decides what is right and aggregates; only the forward
+passes are ours (`harness.py`). The config, and all that can be wrong with a file of questions, are read here, without
+importing torch or the harness.
+"""
+
+import glob
+import json
+import math
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from undo.config import ConfigError, Count, Frozen
+from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured
+from undo.run import RunDirectory
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Gemma2ForCausalLM
+
+LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+FORMATS: Final = (".parquet", ".jsonl", ".json")
+Z95: Final = 1.959963984540054  # of the standard normal
+
+
+class Question(NamedTuple):
+    """One row of a benchmark's file. `answer` is an index into `choices`; `subject` is "" where there is none."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    subject: str
+
+
+class Questions(Frozen):
+    """What is asked: a task of the harness (from the hub), or a local file in the benchmark's own columns."""
+
+    task: str | None = None  # a name that the harness knows: mmlu, wmdp_bio, ...
+    path: str | None = None  # a file or a glob, .parquet, .jsonl or .json: question, choices, answer (index), [subject]
+    subject: str | None = None  # of all questions of a file that has no such column; it stands in the prompt
+    shots: Annotated[int, Field(ge=0)] = 0  # solved examples before each question; 0: as the task has it
+    shots_path: str | None = None  # where they come from: the first ones of the question's subject, in order
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of each subject, drawn at random; the authors take the first
+    seed: int = 0  # of that draw
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.task is None) == (self.path is None):
+            raise ValueError("give one of `task` (a name that the harness knows) and `path` (your own file), not both")
+        if self.task is not None and (self.shots_path is not None or self.subject is not None):
+            raise ValueError("`shots_path` and `subject` go with `path`; a task brings its own")
+        if self.path is not None and self.shots > 0 and self.shots_path is None:
+            raise ValueError(f"{self.shots} shots need `shots_path`, the file to take them from")
+        return self
+
+    def check(self) -> None:
+        """Raises ConfigError for whatever is wrong with the files."""
+        if self.path is not None:
+            self.by_subject()
+
+    def by_subject(self) -> dict[str, tuple[list[Question], list[Question]]]:
+        """The sample of the questions, and the shots before each of them, by subject. Only for a `path`."""
+        assert self.path is not None
+        groups = _by_subject(read(self.path, self.subject))
+        shots: dict[str, list[Question]] = {}
+        if self.shots:
+            assert self.shots_path is not None
+            shots = _by_subject(read(self.shots_path, self.subject))
+        for subject in groups:
+            if (found := len(shots.get(subject, ()))) < self.shots:
+                raise ConfigError(
+                    f"{self.shots_path}: holds {found} questions on {subject!r}, fewer than the {self.shots} shots\n"
+                    f"lower `shots`, or give a file with more of them"
+                )
+        return {
+            subject: ([group[i] for i in self.sample(subject, len(group))], shots.get(subject, [])[: self.shots])
+            for subject, group in groups.items()
+        }
+
+    def sample(self, name: str, size: int) -> list[int]:
+        """The sorted indices of a subject's (or task's) share; the same for the same seed, another for each name."""
+        if self.share == 1:
+            return list(range(size))
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        return sorted(rng.choice(size, max(1, round(self.share * size)), replace=False).tolist())
+
+
+class MultipleChoice(EvaluationConfig):
+    """Accuracy on questions that should be answered still, and on those that should not be any more.
+
+    Beside each accuracy: `chance` (the mean of 1 / choices), `low` and `high` (95 %, Wilson), `questions` (their
+    number), and `says_A`, `says_B`, ...: the share of questions answered so. Who always says A looks unlearned.
+    """
+
+    name: Literal["multiple_choice"] = "multiple_choice"
+    higher_is_better: ClassVar[bool] = True
+    unit: ClassVar[str] = "accuracy"
+
+    retain: Questions
+    forget: Questions
+    rows: Count = 16  # questions in one forward pass
+
+    def check(self) -> None:
+        for role, questions in self._roles():
+            try:
+                questions.check()
+            except ConfigError as error:
+                raise ConfigError(f"{role}: {error}") from None
+
+    def load(self, data: RunDirectory, device: "torch.device") -> Evaluator:
+        self.check()
+        from undo.evaluate.harness import benchmark
+
+        parts = {}  # role -> its questions, the subset's indices, those of the rest
+        for role, questions in self._roles():
+            # a frozen block has a hash, which only pydantic knows
+            asked = benchmark(questions, data.folder / "tokenizer", self.rows)  # pyright: ignore[reportArgumentType]
+            parts[role] = asked, *self.split(len(asked))
+        whole = sum(len(asked) for asked, _, _ in parts.values())
+
+        def measure(model: "Gemma2ForCausalLM", full: bool) -> Measured:
+            values: dict[str, float] = {}
+            tokens = seen = 0
+            for asked, _, _ in parts.values():
+                asked.fits(model)  # before any of them costs time
+            for role, (asked, subset, rest) in parts.items():
+                answered = asked.ask(model, sorted([*subset, *rest]) if full else list(subset))
+                values[role] = answered.accuracy
+                values |= {
+                    f"{role}/{name}": value
+                    for name, value in describe(answered.chosen, answered.choices, answered.right).items()
+                }
+                tokens, seen = tokens + answered.tokens, seen + len(answered.chosen)
+            if seen < whole:
+                values[SHARE] = seen / whole
+            return Measured(values, tokens)
+
+        return measure
+
+    def _roles(self) -> tuple[tuple[str, Questions], ...]:
+        return ("retain", self.retain), ("forget", self.forget)
+
+
+def describe(chosen: Sequence[int], choices: Sequence[int], right: int) -> dict[str, float]:
+    """What stands beside an accuracy. For each question the chosen index and the number of choices; how many are right.
+
+    The interval is Wilson's (1927): it stays within [0, 1], and holds for few questions too.
+    """
+    size = len(chosen)
+    share, spread = right / size, Z95**2 / size
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z95 * math.sqrt(share * (1 - share) / size + spread / (4 * size)) / (1 + spread)
+    said = Counter(chosen)
+    return {
+        "chance": sum(1 / number for number in choices) / size,
+        "low": max(0.0, centre - half),
+        "high": min(1.0, centre + half),
+        "questions": size,
+        **{f"says_{LETTERS[i]}": said[i] / size for i in range(min(max(choices), len(LETTERS)))},
+    }
+
+
+# --- files of questions ----------------------------------------------------------------------------------------------
+
+
+def read(pattern: str, subject: str | None = None) -> list[Question]:
+    """All questions of a file, or of the files that a glob matches, in order. `subject` where the file names none.
+
+    Raises ConfigError that names the file, the row (the first is 0) and what is wrong.
+    """
+    files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+    if not files:
+        raise ConfigError(f"{pattern}: no such file; give {', '.join(FORMATS)} with question, choices and answer")
+    questions = []
+    for file in files:
+        rows = _rows(file)
+        if not rows:
+            raise ConfigError(f"{file}: holds no questions")
+        questions += [_question(row, subject or "", f"{file} row {number}") for number, row in enumerate(rows)]
+    return questions
+
+
+def _rows(file: Path) -> list[Any]:
+    if file.suffix not in FORMATS:
+        raise ConfigError(f"{file}: is not one of {', '.join(FORMATS)}")
+    try:
+        if file.suffix == ".parquet":
+            return _parquet(file)
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'is no UTF-8'}") from None
+    if file.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{file}: is no JSON: {error}") from None
+    rows = []
+    for number, line in enumerate(text.split("\n")):  # not splitlines: U+2028 may stand in a question
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except ValueError as error:
+            raise ConfigError(f"{file} line {number + 1}: is no JSON: {error}") from None
+    return rows
+
+
+def _parquet(file: Path) -> list[Any]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(file).read().to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"{file}: is no parquet file, or a damaged one: {str(error).splitlines()[0]}") from None
+
+
+def _question(row: Any, subject: str, where: str) -> Question:
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: is no object with the columns question, choices and answer")
+    for column in ("question", "choices", "answer"):
+        if column not in row:
+            raise ConfigError(f"{where}: has no column {column!r}; it has {', '.join(sorted(map(str, row)))}")
+    question, choices, answer = row["question"], row["choices"], row["answer"]
+    subject = row.get("subject") or subject
+    for column, value in (("question", question), ("subject", subject)):
+        if not isinstance(value, str):
+            raise ConfigError(f"{where}: column {column!r} holds {value!r}, not text")
+    if not question.strip():
+        raise ConfigError(f"{where}: the question is empty")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ConfigError(f"{where}: column 'choices' must be a list of texts, got {choices!r}")
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise ConfigError(f"{where}: has {len(choices)} choices; a question needs 2 to {len(LETTERS)}")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise ConfigError(
+            f"{where}: answer {answer!r} is no index into its {len(choices)} choices (0 to {len(choices) - 1})"
+        )
+    return Question(question, tuple(choices), answer, subject)
+
+
+def _by_subject(questions: Sequence[Question]) -> dict[str, list[Question]]:
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.subject, []).append(question)
+    return groups
