@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import model_validator
 
 from undo.config import ConfigError, Count, Frozen, Share
+from undo.prepare_data.corpora import origin
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 
@@ -42,7 +43,8 @@ class Source(Frozen):
             return []
         found = [Path(name) for name in sorted(glob.glob(self.path, recursive=True))]
         if not found:
-            raise ConfigError(f"{self.path}: there is no such file")
+            where = origin(self.path)
+            raise ConfigError(f"{self.path}: there is no such file" + (f"\n{where}" if where else ""))
         for file in found:
             if file.suffix not in SUFFIXES:
                 raise ConfigError(f"{file}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
