@@ -134,18 +134,18 @@ class Ledger:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         if not self.side.exists():
             self.save()
-        self._journal: IO[bytes] = self._files.enter_context(open(self.journal, "ab"))
+        self._journal: IO[bytes] = self._files.enter_context(open(self.journal, "ab"))  # noqa: SIM115  # by close()
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{self.out}: another process is writing it; wait for it, or end it") from None
         lines, whole = self._read()  # again: now nobody else writes
         self._journal.truncate(whole)
-        self._output: IO[bytes] = self._files.enter_context(open(self.out, "ab"))
+        self._output: IO[bytes] = self._files.enter_context(open(self.out, "ab"))  # noqa: SIM115
         there = self.out.read_bytes()
         if not lines.startswith(there):
             raise ConfigError(
-                f"{self.out}: holds something else than what {self.journal.name} says was written; has it been edited?\n"
+                f"{self.out}: does not hold what {self.journal.name} says was written; has it been edited?\n"
                 f"move it away: the same command then writes it again, and asks nothing twice"
             )
         self._append(self._output, lines[len(there) :])
@@ -366,7 +366,7 @@ class Extraction:
                 self._display.trouble(passage, reason, None if last else wait)
                 if last:
                     break
-                await asyncio.sleep(wait)
+                await self._pace.sleep(wait)
                 continue
             self._ledger.answer(passage, pairs, usage)
             self._in_a_row = 0
@@ -612,24 +612,36 @@ def parser() -> argparse.ArgumentParser:
     )
     add = arguments.add_argument
     add("--corpus", required=True, metavar="GLOB", help="a file or a glob of files: jsonl, json, parquet, txt")
-    add("--column", default="text", help="of the corpus (default: text)")
+    add("--column", default="text", metavar="NAME", help="of the corpus (default: text)")
     add("--out", required=True, type=Path, metavar="FILE.jsonl", help="a question a line, column text")
     add("--endpoint", metavar="URL", help="OpenAI-compatible, such as http://localhost:8000/v1")
     add("--model", metavar="NAME", help="as the endpoint calls it")
     add("--local-model", metavar="FOLDER", help="instead of an endpoint: a model folder or hub id, on this machine")
     add("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the key, if any")
-    add("--questions", type=_count, default=1000, help="how many to keep, at least (default: 1000); can be raised")
-    add("--per-passage", type=_count, default=5, help="questions asked for in one request (default: 5)")
-    add("--passage-characters", type=_passage, default=3000, help="at most (default: 3000)")
-    add("--seed", type=int, default=0, help="of the sample of passages (default: 0)")
-    add("--temperature", type=_amount, help="default: the server's")
-    add("--max-tokens", type=_whole, default=2048, help="of a reply (default: 2048; 0: the server's)")
+    add(
+        "--questions",
+        type=_count,
+        metavar="N",
+        default=1000,
+        help="how many to keep, at least (default: 1000); can be raised",
+    )
+    add("--per-passage", type=_count, metavar="N", default=5, help="questions asked for in one request (default: 5)")
+    add("--passage-characters", type=_passage, metavar="N", default=3000, help="at most (default: 3000)")
+    add("--seed", type=int, metavar="N", default=0, help="of the sample of passages (default: 0)")
+    add("--temperature", type=_amount, metavar="T", help="default: the server's")
+    add("--max-tokens", type=_whole, metavar="N", default=2048, help="of a reply (default: 2048; 0: the server's)")
     add("--json-mode", action="store_true", help="send response_format json_object; not every server knows it")
     add("--requests-per-minute", type=_positive, metavar="N", help="default: no limit")
-    add("--concurrency", type=_count, default=4, help="requests at a time (default: 4)")
-    add("--timeout", type=_positive, default=120.0, help="seconds of one request, in all (default: 120)")
-    add("--retries", type=_whole, default=5, help="of a request that failed (default: 5)")
-    add("--backoff", type=_amount, default=1.0, help="seconds before the first retry; doubles to a minute (default: 1)")
+    add("--concurrency", type=_count, metavar="N", default=4, help="requests at a time (default: 4)")
+    add("--timeout", type=_positive, metavar="S", default=120.0, help="seconds of one request, in all (default: 120)")
+    add("--retries", type=_whole, metavar="N", default=5, help="of a request that failed (default: 5)")
+    add(
+        "--backoff",
+        type=_amount,
+        metavar="S",
+        default=1.0,
+        help="seconds before the first retry; doubles to a minute (default: 1)",
+    )
     add("--price-in", type=_amount, metavar="P", help="of a million prompt tokens, to show the cost")
     add("--price-out", type=_amount, metavar="P", help="of a million completion tokens")
     add("--dry-run", action="store_true", help="passages, tokens and cost, without a request")

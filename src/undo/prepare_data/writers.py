@@ -66,11 +66,11 @@ class Pace:
     ) -> None:
         self._gap = 60 / per_minute if per_minute else 0.0
         self._next = 0.0
-        self._now, self._sleep = now, sleep
+        self._now, self.sleep = now, sleep
 
     async def turn(self) -> None:
         while (wait := self._next - self._now()) > 0:  # another one may have taken the turn while we slept
-            await self._sleep(wait)
+            await self.sleep(wait)
         self._next = self._now() + self._gap
 
     def pause(self, seconds: float) -> None:
