@@ -351,7 +351,7 @@ def test_a_server_that_dies_stops_the_run_and_the_same_command_goes_on(corpus, c
     assert done.asked[:4] == before.asked
     assert len(done.rows) == 30
     assert not set(again.topics) & set(first.topics[:4])
-    assert set(first.topics) < set(first.topics[:4]) | set(again.topics), "the failed ones are asked before new ones"
+    assert set(first.topics) <= set(first.topics[:4]) | set(again.topics), "the failed ones are asked before new ones"
     assert done.side["usage"]["prompt_tokens"] == 1000
 
 
@@ -841,7 +841,7 @@ def test_a_local_model_that_is_not_there(tmp_path, corpus, capsys):
         ("Castor Castor is a data binding framework for Java.", "What is Castor?", "Castor is a data"),
         ("Panic Modes A panic mode is a mode that users can enter.", "What is a panic mode?", "A panic mode is a mode"),
         (
-            "PathologistA pathologist is a doctor who studies the causes of diseases.",
+            "PathologistA pathologist is a doctor who studies what diseases do.",
             "What is a pathologist?",
             "A pathologist is",
         ),
