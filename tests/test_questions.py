@@ -29,6 +29,7 @@ from undo.prepare_data.text import Source
 from undo.prepare_data.writers import Pace, Reply, Trouble, Usage, check_url, find_key, retry_after
 
 KEY = "sk-test-5f1c77aa90e2d4b8"
+LIMIT = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
 FILLER = "Moss and lichen cover the northern side of every old wall in that valley and nobody minds them at all. "
 
 
@@ -238,7 +239,7 @@ def test_a_dry_run_asks_nothing_and_writes_nothing(corpus, server, capsys):
     assert run(corpus, server.url, "--dry-run", "--price-in", "1", "--price-out", "1") == 0
     said = capsys.readouterr().out
     assert "20 passages in the corpus; 10 to ask for 30 questions" in said
-    assert re.search(r"about [\d,]+ tokens in, 2,100 out, cost 0\.\d+", said)
+    assert re.search(r"about [\d,]+ tokens in, 2,100 out, cost 0\.\d{4}", said)
     assert run(corpus, server.url, "--dry-run", "--questions", "90") == 0
     assert "the corpus will give about 60 questions, not 90" in capsys.readouterr().out
     assert server.topics == []
@@ -405,6 +406,39 @@ def test_half_a_line_is_cut_off_in_both_files(corpus, server):
     assert run(corpus, server.url, "--questions", "9") == 0
     assert out.read_bytes() == whole[0]
     assert len(server.topics) == 1
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(corpus, server):
+    """A limit on the size of files stands for it: the write fails in the middle of a line, as on a full disk."""
+    command = [sys.executable, "-m", "undo.prepare_data", "wmdp-qa", *arguments(corpus, server.url)]
+    limited = [sys.executable, "-c", f"{LIMIT}; os.execv(sys.executable, sys.argv[1:])", *command]
+    full = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert full.returncode == 1
+    assert full.stderr.splitlines()[0].endswith("File too large")
+    assert "the same command goes on" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not corpus.with_name("qa.jsonl").read_bytes().endswith(b"\n")
+    written = corpus.with_name("qa.requests").read_bytes().count(b"\n")
+    server.topics.clear()
+    assert run(corpus, server.url) == 0
+    assert len(server.topics) == 10 - written
+    assert len(outcome(corpus).rows) == 30
+
+
+def test_interrupted_it_stops_at_once_and_says_how_to_go_on(corpus, server):
+    server.behave = lambda number, _: "good" if number < 3 else "hang"
+    process = spawn(corpus, server.url)
+    while len(server.topics) < 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, error = process.communicate(timeout=15)
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on from here" in said
+    assert error == ""
+    server.behave = lambda *_: "good"
+    assert run(corpus, server.url) == 0
+    assert len(outcome(corpus).rows) == 30
 
 
 def test_an_edited_output_and_a_damaged_journal_are_refused(corpus, server, capsys):

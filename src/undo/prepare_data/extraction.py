@@ -27,6 +27,7 @@ from typing import IO, Any, Final, NamedTuple
 
 from rich.console import Console
 from rich.live import Live
+from rich.text import Text
 
 from undo.cli import guarded
 from undo.config import ConfigError, Frozen, Raw, as_raw, differences
@@ -398,7 +399,7 @@ class Price(NamedTuple):
         if self.prompt is None and self.completion is None:
             return ""
         money = (usage.prompt_tokens * (self.prompt or 0) + usage.completion_tokens * (self.completion or 0)) / 1e6
-        return f", cost {money:.2f}" if money >= 1 or money == 0 else f", cost {money:.2g}"
+        return f", cost {money:.2f}" if money >= 1 else f", cost {money:.4f}"
 
 
 class Progress:
@@ -410,8 +411,10 @@ class Progress:
         self._last_trouble = ""
         self._seen: set[str] = set()
         self._tenth = self._ledger.kept * 10 // self._wanted
-        self._console = Console(soft_wrap=True)
-        self._live = Live(get_renderable=self._line, console=self._console, refresh_per_second=2, transient=True)
+        self._console = Console()
+        self._live = Live(  # Text: brackets in what a server says are no markup
+            get_renderable=lambda: Text(self._line()), console=self._console, refresh_per_second=2, transient=True
+        )
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
