@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import model_validator
 
 from undo.config import ConfigError, Count, Frozen, Share
+from undo.prepare_data.corpora import origin
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".tokens")  # .tokens: WikiText's
 
@@ -40,7 +41,8 @@ class Place(Frozen):
             return []
         found = [Path(name) for name in sorted(glob.glob(self.path, recursive=True))]
         if not found:
-            raise ConfigError(f"{self.path}: there is no such file")
+            where = origin(self.path)
+            raise ConfigError(f"{self.path}: there is no such file" + (f"\n{where}" if where else ""))
         for file in found:
             if file.suffix not in SUFFIXES:
                 raise ConfigError(f"{file}: unknown kind of file; give one of {', '.join(SUFFIXES)}")

@@ -1,0 +1,678 @@
+"""Questions and answers from corpora, written by a model (D.2.2): resumable, rate limited, and counted to the token.
+
+    uv run python -m undo.prepare_data wmdp-qa --corpus 'data/*.jsonl' --out qa.jsonl --endpoint URL --model NAME
+
+Beside qa.jsonl, a corpus with one question a line, stand two files:
+
+    qa.requests      every reply, one a line, with what was dropped and why; the truth from which the others follow
+    qa.json          settings, tokens, counts
+"""
+
+import argparse
+import asyncio
+import fcntl
+import hashlib
+import heapq
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import IO, Any, Final, NamedTuple
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from undo.cli import guarded
+from undo.config import ConfigError, Frozen, Raw, as_raw, differences
+from undo.display import duration
+from undo.prepare_data.corpora import ALL, origin
+from undo.prepare_data.questions import PROMPT, Filter, Question, parse, prompt
+from undo.prepare_data.text import Source, read
+from undo.prepare_data.writers import (
+    LONGEST_BACKOFF,
+    Endpoint,
+    LocalModel,
+    Pace,
+    Trouble,
+    Usage,
+    Writer,
+    find_key,
+)
+from undo.run import write_atomically
+
+SHORTEST: Final = 200  # characters of a passage
+PROSE: Final = 0.7  # at least this share of a passage is letters and blanks; what has less is a table or code
+IN_A_ROW: Final = 5  # passages that fail one after the other, and we stop
+CHARACTERS_PER_TOKEN: Final = 4  # of English text, about; for estimates only
+TOKENS_PER_QUESTION: Final = 70  # with its answer and the JSON around them, about
+
+
+class Settings(Frozen):
+    """What shapes the questions. The same output with other settings is refused."""
+
+    files: dict[str, int]  # name -> bytes
+    column: str
+    seed: int
+    passage_characters: int
+    per_passage: int
+    model: str
+    temperature: float | None
+    max_tokens: int
+    json_mode: bool
+    prompt: str  # its hash
+
+
+# --- passages ------------------------------------------------------------------------------------------------------
+
+
+class Passage(NamedTuple):
+    rank: float  # passages are taken in this order
+    id: str  # file:document:character
+    source: str  # the file
+    text: str
+
+
+def passages(files: Sequence[Path], column: str, characters: int, seed: int) -> Iterator[Passage]:
+    """All passages of all documents, in order, each with a random rank that depends on the seed and its place."""
+    ranks = random.Random(seed)
+    for file, name in zip(files, names(files), strict=True):
+        for number, text in enumerate(read(file, column)):
+            for start, passage in cut(text, characters):
+                yield Passage(ranks.random(), f"{name}:{number}:{start}", name, passage)
+
+
+def names(files: Sequence[Path]) -> list[str]:
+    """Short and different ones, that do not depend on where the command was called from."""
+    paths = [file.absolute() for file in files]
+    above = Path(os.path.commonpath([path.parent for path in paths]))
+    return [str(path.relative_to(above)) for path in paths]
+
+
+def cut(text: str, characters: int) -> Iterator[tuple[int, str]]:
+    """Pieces of at most so many characters with their starts: they end with a paragraph, a line, a sentence or a word.
+
+    Pieces of less than 200 characters are left out, and those that are mostly figures and signs.
+    """
+    start = 0
+    while start < len(text):
+        end = min(start + characters, len(text))
+        if end < len(text):
+            for mark in ("\n\n", "\n", ". ", " "):
+                found = text.rfind(mark, start + characters // 2, end)
+                if found >= 0:
+                    end = found + len(mark)
+                    break
+        piece = text[start:end].strip()
+        prose = sum(letter.isalpha() or letter.isspace() for letter in piece)
+        if len(piece) >= SHORTEST and prose >= PROSE * len(piece):
+            yield start, piece
+        start = end
+
+
+# --- what has been written -----------------------------------------------------------------------------------------
+
+
+class Ledger:
+    """The three files. Each reply is on the disk before the next one is looked at: a kill loses none of them."""
+
+    def __init__(self, out: Path, settings: Settings) -> None:
+        """Raises ConfigError if the output is another's: other settings, edited, or in the hands of another process."""
+        self.out, self.side, self.journal = out, out.with_suffix(".json"), out.with_suffix(".requests")
+        self.settings = settings
+        self._files = ExitStack()
+        self._claim()
+        self._read()
+
+    def open(self) -> None:
+        """From here on it is written to."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        if not self.side.exists():
+            self.save()
+        self._journal: IO[bytes] = self._files.enter_context(open(self.journal, "ab"))  # noqa: SIM115  # by close()
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{self.out}: another process is writing it; wait for it, or end it") from None
+        lines, whole = self._read()  # again: now nobody else writes
+        self._journal.truncate(whole)
+        self._output: IO[bytes] = self._files.enter_context(open(self.out, "ab"))  # noqa: SIM115
+        there = self.out.read_bytes()
+        if not lines.startswith(there):
+            raise ConfigError(
+                f"{self.out}: does not hold what {self.journal.name} says was written; has it been edited?\n"
+                f"move it away: the same command then writes it again, and asks nothing twice"
+            )
+        self._append(self._output, lines[len(there) :])
+        self.save()
+
+    def trouble(self, passage: Passage, reason: str, usage: Usage) -> None:
+        """A request that gave nothing to use."""
+        self._enter({"passage": passage.id, "trouble": reason, **usage._asdict()})
+
+    def fail(self, passage: Passage, reason: str) -> None:
+        """It is tried again on the next start."""
+        self._enter({"passage": passage.id, "failed": reason})
+
+    def answer(self, passage: Passage, pairs: Sequence[Question], usage: Usage) -> None:
+        items = []
+        for pair in pairs:
+            reason = self.filter.reason(pair)
+            if reason is None:
+                self.filter.keep(pair)
+            items.append({"question": pair.question, "answer": pair.answer, "dropped": reason})
+        entry = {"passage": passage.id, "source": passage.source, "items": items, **usage._asdict()}
+        self._append(self._output, self._enter(entry))
+
+    def save(self) -> None:
+        """The side file."""
+        facts = {
+            "settings": as_raw(self.settings),
+            "questions": self.kept,
+            "dropped": dict(self.dropped.most_common()),
+            "passages": {"answered": len(self.answered), "failed": len(self.failed)},
+            "requests": self.requests,
+            "troubles": dict(self.troubles.most_common()),
+            "usage": self.usage._asdict(),
+        }
+        write_atomically(self.side, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        with suppress(OSError):  # no room: the journal has it all
+            self.save()
+        self._files.close()
+
+    def _claim(self) -> None:
+        """Find out what is there, and change nothing."""
+        if self.side.exists():
+            try:
+                before: Raw = json.loads(self.side.read_text())["settings"]
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(f"{self.side}: is not what this command writes; choose another --out") from None
+            if changed := differences(before, as_raw(self.settings)):
+                more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+                raise ConfigError(
+                    f"{self.out} was made with other settings: {changed[0]}{more}\n"
+                    f"give another --out, or the settings that stand in {self.side}"
+                )
+        elif self.journal.exists() or self.out.exists():
+            raise ConfigError(
+                f"{self.out} or {self.journal.name} exists without {self.side.name}, which says how it was made\n"
+                f"choose another --out, or move it away"
+            )
+
+    def _read(self) -> tuple[bytes, int]:
+        """All that the journal says -> what the output must hold, and the bytes of the journal's whole lines."""
+        self.filter = Filter()
+        self.answered: set[str] = set()
+        self.failed: dict[str, str] = {}
+        self.kept = self.requests = 0
+        self.usage = Usage()
+        self.dropped: Counter[str] = Counter()
+        self.troubles: Counter[str] = Counter()
+        content = self.journal.read_bytes() if self.journal.exists() else b""
+        whole = content.rfind(b"\n") + 1  # what a kill cut in half is asked for again
+        lines = []
+        for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
+            try:
+                entry = json.loads(line)
+                self._count(entry)
+                lines.append(_lines(entry))
+                for item in entry.get("items", ()):
+                    if item["dropped"] is None:
+                        self.filter.keep(Question(item["question"], item["answer"]))
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(
+                    f"{self.journal} line {number}: is damaged\n"
+                    f"delete that line, and {self.out.name}: the same command writes it again, and asks what is missing"
+                ) from None
+        return b"".join(lines), whole
+
+    def _enter(self, entry: Raw) -> bytes:
+        """Into the journal -> the lines for the output."""
+        self._append(self._journal, _line(entry))
+        self._count(entry)
+        return _lines(entry)
+
+    def _count(self, entry: Raw) -> None:
+        passage = entry["passage"]
+        if "failed" in entry:
+            self.failed[passage] = entry["failed"]
+            return
+        self.requests += 1
+        self.usage = Usage(
+            self.usage.prompt_tokens + entry["prompt_tokens"], self.usage.completion_tokens + entry["completion_tokens"]
+        )
+        if "trouble" in entry:
+            self.troubles[kind(entry["trouble"])] += 1
+            return
+        self.answered.add(passage)
+        self.failed.pop(passage, None)
+        for item in entry["items"]:
+            if item["dropped"] is None:
+                self.kept += 1
+            else:
+                self.dropped[item["dropped"]] += 1
+
+    @staticmethod
+    def _append(file: IO[bytes], data: bytes) -> None:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def kind(trouble: str) -> str:
+    return trouble.partition(":")[0]
+
+
+def _line(value: Raw) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace") + b"\n"
+
+
+def _lines(entry: Raw) -> bytes:
+    """Of the output: one a question that was kept."""
+    return b"".join(
+        _line(
+            {
+                "text": Question(item["question"], item["answer"]).text,
+                "question": item["question"],
+                "answer": item["answer"],
+                "source": entry["source"],
+                "passage": entry["passage"],
+            }
+        )
+        for item in entry.get("items", ())
+        if item["dropped"] is None
+    )
+
+
+# --- the work ------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):  # noqa: N818  # an outcome, not an error
+    """Too many passages failed in a row."""
+
+
+class Extraction:
+    """Passages -> questions, so many requests at a time."""
+
+    def __init__(
+        self, ledger: Ledger, writer: Writer, pace: Pace, display: "Progress", args: argparse.Namespace
+    ) -> None:
+        self._ledger, self._writer, self._pace, self._display = ledger, writer, pace, display
+        self._retries, self._backoff = args.retries, args.backoff
+        self._concurrency, self._per_passage, self._wanted = args.concurrency, args.per_passage, args.questions
+        self._in_a_row = 0
+        self._jitter = random.Random()
+
+    async def run(self, draw: Callable[[int, set[str]], list[Passage]]) -> None:
+        """Until so many questions are kept, or all passages are asked. `draw`: how many, without which -> passages."""
+        tried = set(self._ledger.answered)
+        queue: list[Passage] = []
+        pending: set[asyncio.Task[None]] = set()
+        done: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                while len(pending) < self._concurrency and self._missing(len(pending)) > 0:
+                    if not queue:
+                        count = math.ceil(self._missing(len(pending)) / self._per_passage)
+                        queue = (await asyncio.to_thread(draw, count, tried))[::-1]  # replies are not kept waiting
+                        tried.update(passage.id for passage in queue)
+                    if not queue:
+                        break
+                    pending.add(asyncio.create_task(self._one(queue.pop())))
+                if not pending:
+                    return
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, *done, return_exceptions=True)
+            await self._writer.close()
+
+    def _missing(self, asked: int) -> int:
+        """Questions that those who are being asked will not give."""
+        return self._wanted - self._ledger.kept - asked * self._per_passage
+
+    async def _one(self, passage: Passage) -> None:
+        request = prompt(passage.text, self._per_passage)
+        reason = ""
+        for attempt in range(self._retries + 1):
+            await self._pace.turn()
+            usage = Usage()
+            try:
+                reply = await self._writer.ask(request, attempt)
+                usage = reply.usage
+                if not reply.complete:
+                    raise Trouble("reply cut off: it ran into the token limit, see --max-tokens", usage=usage)
+                try:
+                    pairs = parse(reply.content)
+                except ValueError as error:
+                    raise Trouble(str(error), usage=usage) from None
+            except Trouble as trouble:
+                reason = trouble.reason
+                self._ledger.trouble(passage, reason, trouble.usage)
+                if trouble.after is not None:
+                    self._pace.pause(trouble.after)
+                last = trouble.final or attempt == self._retries
+                wait = 0.0 if last else self._wait(attempt, trouble)
+                self._display.trouble(passage, reason, None if last else wait)
+                if last:
+                    break
+                await self._pace.sleep(wait)
+                continue
+            self._ledger.answer(passage, pairs, usage)
+            self._in_a_row = 0
+            self._display.update()
+            return
+        self._ledger.fail(passage, reason)
+        self._in_a_row += 1
+        if self._in_a_row >= IN_A_ROW:
+            raise Stopped(
+                f"stopped: {IN_A_ROW} passages in a row failed, the last with: {reason}\n"
+                f"nothing is lost: when that is mended, the same command goes on and tries the failed ones again"
+            )
+
+    def _wait(self, attempt: int, trouble: Trouble) -> float:
+        """Seconds: as the server says, or twice as long each time, with jitter: not all shall come back at once."""
+        if trouble.after is not None:
+            return trouble.after
+        return min(LONGEST_BACKOFF, self._backoff * 2 ** min(attempt, 20)) * self._jitter.uniform(0.5, 1)
+
+
+class Price(NamedTuple):
+    """Money for a million tokens; None: not given."""
+
+    prompt: float | None
+    completion: float | None
+
+    def of(self, usage: Usage) -> str:
+        """ ", 0.12 in money", or nothing."""
+        if self.prompt is None and self.completion is None:
+            return ""
+        money = (usage.prompt_tokens * (self.prompt or 0) + usage.completion_tokens * (self.completion or 0)) / 1e6
+        return f", cost {money:.2f}" if money >= 1 else f", cost {money:.4f}"
+
+
+class Progress:
+    """One line that changes on a terminal; elsewhere a line at each tenth, and the first trouble of each kind."""
+
+    def __init__(self, ledger: Ledger, wanted: int, price: Price) -> None:
+        self._ledger, self._wanted, self._price = ledger, wanted, price
+        self._begin, self._first = time.monotonic(), ledger.kept
+        self._last_trouble = ""
+        self._seen: set[str] = set()
+        self._tenth = self._ledger.kept * 10 // self._wanted
+        self._console = Console()
+        self._live = Live(  # Text: brackets in what a server says are no markup
+            get_renderable=lambda: Text(self._line()), console=self._console, refresh_per_second=2, transient=True
+        )
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal:
+            self._live.start()
+        if self._ledger.answered:
+            self.say(f"{self._ledger.kept:,} questions of {len(self._ledger.answered):,} passages were there before")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live.is_started:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def update(self) -> None:
+        self._last_trouble = ""
+        tenth = self._ledger.kept * 10 // self._wanted
+        if not self._live.is_started and tenth > self._tenth:
+            self.say(self._line())
+        self._tenth = tenth
+
+    def trouble(self, passage: Passage, reason: str, wait: float | None) -> None:
+        """`wait`: seconds until it is tried again; None: given up."""
+        if wait is None:
+            self.say(f"failed {passage.id}: {reason}")
+            return
+        self._last_trouble = f"  trying again: {reason}"
+        if not self._live.is_started and kind(reason) not in self._seen:
+            self.say(f"trying again in {wait:.1f} s: {reason}")
+        self._seen.add(kind(reason))
+
+    def _line(self) -> str:
+        ledger = self._ledger
+        left = ""
+        if ledger.kept > self._first:
+            speed = (time.monotonic() - self._begin) / (ledger.kept - self._first)
+            left = f", {duration(max(0, self._wanted - ledger.kept) * speed)} left"
+        failed = f", {len(ledger.failed)} failed" if ledger.failed else ""
+        return (
+            f"{ledger.kept:,} of {self._wanted:,} questions from {len(ledger.answered):,} passages{failed}, "
+            f"{tokens(ledger.usage)}{self._price.of(ledger.usage)}{left}{self._last_trouble}"
+        )
+
+    def summary(self) -> None:
+        ledger = self._ledger
+        self.say(f"{ledger.kept:,} questions of {len(ledger.answered):,} passages in {ledger.out}")
+        if ledger.dropped:
+            self.say(f"dropped {ledger.dropped.total():,}: {listed(ledger.dropped)}")
+        if ledger.troubles:
+            self.say(f"requests without use {ledger.troubles.total():,}: {listed(ledger.troubles)}")
+        self.say(f"used {tokens(ledger.usage)} in {ledger.requests:,} requests{self._price.of(ledger.usage)}")
+        if ledger.requests and not any(ledger.usage):
+            self.say("the server does not say how many tokens it used")
+
+
+def listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
+
+
+def tokens(usage: Usage) -> str:
+    return f"{usage.prompt_tokens:,} tokens in, {usage.completion_tokens:,} out"
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m undo.prepare_data wmdp-qa` -> exit status: 0 done, 1 passages failed, 2 a mistake of the user's."""
+    args = parser().parse_args(argv)
+    try:
+        return guarded(lambda: extract(args))
+    except OSError as error:  # nothing else is written to
+        print(
+            f"error: {error.filename or args.out}: {error.strerror or error}\n"
+            f"nothing that was answered is lost: when that is mended, the same command goes on",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def extract(args: argparse.Namespace) -> int:
+    if args.out.suffix != ".jsonl":
+        raise ConfigError(f"--out {args.out}: must end in .jsonl")
+    if (args.endpoint is None) == (args.local_model is None):
+        raise ConfigError("give --endpoint with --model, or --local-model, and not both")
+    if args.endpoint is not None and args.model is None:
+        raise ConfigError("--model is missing: the endpoint must be told which model to use")
+    files = corpus(args)
+    settings = Settings(
+        files={name: file.stat().st_size for name, file in zip(names(files), files, strict=True)},
+        column=args.column,
+        seed=args.seed,
+        passage_characters=args.passage_characters,
+        per_passage=args.per_passage,
+        model=args.model or args.local_model,
+        temperature=args.temperature,
+        max_tokens=args.max_tokens,
+        json_mode=args.json_mode,
+        prompt=hashlib.sha256(PROMPT.encode()).hexdigest()[:16],
+    )
+    ledger = Ledger(args.out, settings)
+    price = Price(args.price_in, args.price_out)
+
+    def all_passages() -> Iterator[Passage]:
+        return passages(files, args.column, args.passage_characters, args.seed)
+
+    if args.dry_run:
+        return dry_run(args, ledger, price, all_passages())
+
+    def draw(count: int, tried: set[str]) -> list[Passage]:
+        """More than are needed: some questions will be dropped, and each draw reads the corpus."""
+        free = (passage for passage in all_passages() if passage.id not in tried)
+        return heapq.nsmallest(count + count // 2 + 8, free)
+
+    if ledger.kept < args.questions and next(all_passages(), None) is None:
+        raise ConfigError(f"--corpus {args.corpus}: holds no passage of prose of {SHORTEST} characters or more")
+    writer = make_writer(args)
+    ledger.open()
+    stopped = None
+    try:
+        with Progress(ledger, args.questions, price) as progress:
+            work = Extraction(ledger, writer, Pace(args.requests_per_minute), progress, args)
+            try:
+                asyncio.run(work.run(draw))
+            except Stopped as error:
+                stopped = error
+            except KeyboardInterrupt:
+                progress.say("interrupted; the same command goes on from here")
+                raise
+            progress.summary()
+    finally:
+        ledger.close()
+    if stopped is not None:
+        print(f"error: {stopped}", file=sys.stderr)
+        return 1
+    if ledger.failed:
+        again = ": the same command tries them again" if ledger.kept < args.questions else ""
+        progress.say(f"{len(ledger.failed)} passages failed{again}")
+    elif ledger.kept < args.questions:
+        progress.say(
+            f"the corpus gave {ledger.kept:,} of {args.questions:,} questions: all of its passages have been asked\n"
+            f"for more, give more text, or another --out with more --per-passage or fewer --passage-characters"
+        )
+    return 1 if ledger.failed and ledger.kept < args.questions else 0
+
+
+def corpus(args: argparse.Namespace) -> list[Path]:
+    try:
+        return Source(path=args.corpus, column=args.column).files()
+    except ConfigError as error:
+        hint = "" if "no such file" not in str(error) or origin(args.corpus) else f"\n{ALL}"
+        raise ConfigError(f"--corpus {error}{hint}") from None
+
+
+def make_writer(args: argparse.Namespace) -> Writer:
+    if args.local_model is not None:
+        return LocalModel.load(args.local_model, args.temperature, args.max_tokens, args.seed)
+    body: dict[str, Any] = {"model": args.model}
+    if args.temperature is not None:
+        body["temperature"] = args.temperature
+    if args.max_tokens:
+        body["max_tokens"] = args.max_tokens
+    if args.json_mode:
+        body["response_format"] = {"type": "json_object"}
+    return Endpoint(args.endpoint, body, find_key(args.api_key_env), args.timeout)
+
+
+def dry_run(args: argparse.Namespace, ledger: Ledger, price: Price, found: Iterable[Passage]) -> int:
+    """What it would take, without a request. Tokens are estimated, from the passages that would be asked."""
+    missing = max(0, args.questions - ledger.kept)
+    count, there = math.ceil(missing / args.per_passage), 0
+
+    def free() -> Iterator[Passage]:
+        nonlocal there
+        for passage in found:
+            there += 1
+            if passage.id not in ledger.answered:
+                yield passage
+
+    asked = heapq.nsmallest(count, free())
+    characters = sum(len(prompt(passage.text, args.per_passage)) for passage in asked)
+    usage = Usage(characters // CHARACTERS_PER_TOKEN, len(asked) * args.per_passage * TOKENS_PER_QUESTION)
+    before = f", {len(ledger.answered):,} of them asked before" if ledger.answered else ""
+    print(f"{there:,} passages in the corpus{before}; {len(asked):,} to ask for {missing:,} questions")
+    print(f"about {tokens(usage)}{price.of(usage)}, if no question is dropped and no request repeated")
+    if len(asked) < count:
+        print(f"the corpus will give about {len(asked) * args.per_passage:,} questions, not {missing:,}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = argparse.ArgumentParser(
+        prog="python -m undo.prepare_data wmdp-qa",
+        description="Questions and answers from corpora, written by a model (D.2.2). Killed, the same command goes on.",
+        epilog="example: %(prog)s --corpus data/cyber-forget-corpus.parquet --out qa/cyber_forget.jsonl "
+        "--endpoint http://localhost:8000/v1 --model NAME --questions 5000 --dry-run",
+    )
+    add = arguments.add_argument
+    add("--corpus", required=True, metavar="GLOB", help="a file or a glob of files: jsonl, json, parquet, txt")
+    add("--column", default="text", metavar="NAME", help="of the corpus (default: text)")
+    add("--out", required=True, type=Path, metavar="FILE.jsonl", help="a question a line, column text")
+    add("--endpoint", metavar="URL", help="OpenAI-compatible, such as http://localhost:8000/v1")
+    add("--model", metavar="NAME", help="as the endpoint calls it")
+    add("--local-model", metavar="FOLDER", help="instead of an endpoint: a model folder or hub id, on this machine")
+    add("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the key, if any")
+    add(
+        "--questions",
+        type=_count,
+        metavar="N",
+        default=1000,
+        help="how many to keep, at least (default: 1000); can be raised",
+    )
+    add("--per-passage", type=_count, metavar="N", default=5, help="questions asked for in one request (default: 5)")
+    add("--passage-characters", type=_passage, metavar="N", default=3000, help="at most (default: 3000)")
+    add("--seed", type=int, metavar="N", default=0, help="of the sample of passages (default: 0)")
+    add("--temperature", type=_amount, metavar="T", help="default: the server's")
+    add("--max-tokens", type=_whole, metavar="N", default=2048, help="of a reply (default: 2048; 0: the server's)")
+    add("--json-mode", action="store_true", help="send response_format json_object; not every server knows it")
+    add("--requests-per-minute", type=_positive, metavar="N", help="default: no limit")
+    add("--concurrency", type=_count, metavar="N", default=4, help="requests at a time (default: 4)")
+    add("--timeout", type=_positive, metavar="S", default=120.0, help="seconds of one request, in all (default: 120)")
+    add("--retries", type=_whole, metavar="N", default=5, help="of a request that failed (default: 5)")
+    add(
+        "--backoff",
+        type=_amount,
+        metavar="S",
+        default=1.0,
+        help="seconds before the first retry; doubles to a minute (default: 1)",
+    )
+    add("--price-in", type=_amount, metavar="P", help="of a million prompt tokens, to show the cost")
+    add("--price-out", type=_amount, metavar="P", help="of a million completion tokens")
+    add("--dry-run", action="store_true", help="passages, tokens and cost, without a request")
+    return arguments
+
+
+def _whole(text: str) -> int:
+    return _checked(int, text, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def _count(text: str) -> int:
+    return _checked(int, text, lambda value: value > 0, "a whole number above 0")
+
+
+def _passage(text: str) -> int:
+    return _checked(int, text, lambda value: value >= SHORTEST, f"a whole number, {SHORTEST} or more")
+
+
+def _amount(text: str) -> float:
+    return _checked(float, text, lambda value: 0 <= value < math.inf, "a number, 0 or more")
+
+
+def _positive(text: str) -> float:
+    return _checked(float, text, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def _checked(make: Callable[[str], Any], text: str, holds: Callable[[Any], bool], what: str) -> Any:
+    with suppress(ValueError):
+        if holds(value := make(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
