@@ -909,6 +909,7 @@ def test_a_definition_becomes_a_question(text, question, answer):
         "The gland is a mixture of smooth muscle and tissue.",
         "A mutex is a lock that we described in this chapter.",
         "Python is a language.",
+        "Access controls could be set at a finer level by the owner of a site.",
         "A socket is an endpoint of the kind described above for all.",
         "What is a mutex in the world of threads and locks?",
         "x = {a is a set of all the values of it}.",

@@ -32,7 +32,7 @@ _SENTENCE: Final = re.compile(
       | (?P<used>is|are)\s(?:(?:commonly|often|usually|typically|primarily|mainly)\s)?used\s(?=to|for|as|in|by)
       | (?P<does>{_DOES})\s
       | (?P<with>{"|".join(_WITH).replace(" ", chr(92) + "s")})\s
-    )(?P<rest>\S.*\.)$""",
+    )(?!(?:could|can|should|may|must|might|will|is|are|and|or)\s)(?P<rest>\S.*\.)$""",
     re.VERBOSE,
 )
 _NO_TERM: Final = frozenset(
@@ -45,7 +45,7 @@ _NO_TERM: Final = frozenset(
     only following above below former latter now today also even note however therefore thus hence instead finally
     additionally furthermore moreover similarly unlike after before during per via let see use using given
     resulting common basic typical simple good better best useful popular important classic possible potential
-    notable recent new old certain itself themselves simply already still suppose"""
+    notable recent new old certain itself themselves simply already still suppose consider"""
     )
 )
 _NO_HEAD: Final = frozenset(
@@ -128,7 +128,7 @@ def _unglue(article: str, term: str) -> tuple[str, str]:
     if found := list(re.finditer(r"(?:(?<=\s)|(?<=[a-z]))(The|An|A)\s(?=\w)", term)):
         article, term = found[-1][1], term[found[-1].end() :]
     parts = term.split()
-    lower = [part.lower() for part in parts]
+    lower = [part.lower().removesuffix("s") for part in parts]
     if len(parts) > 1 and parts[0] in _HEADING.split("|"):
         return "", " ".join(parts[1:])
     for size in (3, 2, 1):

@@ -174,5 +174,11 @@ def _shingles(question: list[str]) -> frozenset[str]:
 
 
 def _prefix(shingles: frozenset[str]) -> list[str]:
+    """Those of rare words first: "what is" would bring every question back."""
     size = len(shingles) - math.ceil(NEAR * len(shingles)) + 1
-    return sorted(shingles, key=lambda shingle: (zlib.crc32(shingle.encode()), shingle))[:size]
+    return sorted(shingles, key=_order)[:size]
+
+
+def _order(shingle: str) -> tuple[int, int, str]:
+    common = sum(not word or word in _STOP for word in shingle.split(" "))
+    return common, zlib.crc32(shingle.encode()), shingle
