@@ -12,7 +12,7 @@ from undo import cli
 from undo.config import RunName
 from undo.distill import DistillingStage, distill
 from undo.run import Run
-from undo.stage import Stage, load_parent, place, shape_of_parent
+from undo.stage import Stage, fresh_like, load_parent
 
 
 class Distill(DistillingStage):
@@ -34,7 +34,7 @@ def start(cfg: Distill, run: Run) -> None:
     if cfg.reference is not None:
         student = load_parent(run, cfg.reference)
     else:
-        student = place(shape_of_parent(run, cfg.teacher).build(cfg.seed_for("init")), run)
+        student = fresh_like(run, cfg.teacher, cfg.seed_for("init"))
     distill(cfg, run, student)
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from undo import cli
 from undo.config import Mixture, RunName
 from undo.methods import UnlearningMethod
-from undo.prepare_models import ReducedGemma2
 from undo.run import Run
+from undo.shape import Shape
 from undo.stage import Stage, TrainingStage, fit, generator, keep, load_parent
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Unlearn(TrainingStage):
     def streams(self) -> Mapping[str, Mixture]:
         return {"retain": {"retain": 1.0}, "forget": {"forget": 1.0}}
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+    def flops_per_token(self, model: Shape, length: int) -> int:
         return self.method.flops_per_token(model, length)
 
 

@@ -14,13 +14,13 @@ from pydantic import Field
 from undo.config import ROLES, ConfigError, Mixture, Role, RunName, StageConfig, Training, as_raw
 from undo.evaluate import Evaluation
 from undo.evaluate.evaluator import Measured
-from undo.prepare_models import ReducedGemma2
 from undo.run import Run, RunDirectory, digest, write_atomically
+from undo.shape import Shape
 from undo.tokens import MixedStream, TokenStore
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Gemma2ForCausalLM
+    from transformers import PreTrainedModel
 
     from undo.train import Objective, Step, Stop
 
@@ -56,7 +56,7 @@ class TrainingStage(StageConfig):
         """The batch's entries, and the mixture of roles behind each."""
         raise TypeError(f"{type(self).__name__} does not say which data it reads")
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+    def flops_per_token(self, model: Shape, length: int) -> int:
         """Of one training step: forward and backward cost 3 forward passes; more where a second model runs along."""
         return 3 * model.forward_flops(length)
 
@@ -73,7 +73,7 @@ class TrainingStage(StageConfig):
 def fit(
     cfg: TrainingStage,
     run: Run,
-    model: "Gemma2ForCausalLM",
+    model: "PreTrainedModel",
     objective: "Objective",
     *,
     starts_as: RunName | None = None,
@@ -85,6 +85,7 @@ def fit(
 
     `starts_as` names the run whose very model this is: its evaluation is made once for all runs that start from it.
     """
+    from undo.models import shape
     from undo.train import plain, train
 
     data = run.sibling(cfg.data)
@@ -120,7 +121,7 @@ def fit(
         stop=stop or (lambda _: False),
     )
     write_atomically(evaluation_file(run, cfg), json.dumps(outcome.evaluation))  # for those who start as this model
-    size = shape_of(model)
+    size = shape(model)
     return {
         "steps": outcome.steps,
         "tokens": outcome.tokens,
@@ -166,26 +167,35 @@ def open_store(data: RunDirectory, role: Role) -> TokenStore:
     return TokenStore(folder)
 
 
-def keep(model: "Gemma2ForCausalLM", cfg: TrainingStage, run: Run) -> None:
+def keep(model: "PreTrainedModel", cfg: TrainingStage, run: Run) -> None:
     """Save the model beside the tokenizer that its data was made with."""
     from undo.models import save
 
     save(model, run.sibling(cfg.data).folder / "tokenizer", run.model)
 
 
-def load_parent(run: Run, name: str) -> "Gemma2ForCausalLM":
+def load_parent(run: Run, name: str) -> "PreTrainedModel":
     """The model of another run, on this run's device, in fp32."""
     from undo.models import load
 
     return place(load(run.sibling(name).model), run)
 
 
-def shape_of_parent(run: Run, name: str) -> ReducedGemma2:
+def shape_of_parent(run: Run, name: str) -> Shape:
     """The shape of another run's model, without loading its weights."""
-    return ReducedGemma2.from_transformers(json.loads((run.sibling(name).model / "config.json").read_text()))
+    from undo.models import read_shape
+
+    return read_shape(run.sibling(name).model)
 
 
-def place(model: "Gemma2ForCausalLM", run: Run) -> "Gemma2ForCausalLM":
+def fresh_like(run: Run, name: str, seed: int) -> "PreTrainedModel":
+    """A random initialisation of another run's architecture, on this run's device."""
+    from undo.models import fresh, read_config
+
+    return place(fresh(read_config(run.sibling(name).model), seed), run)
+
+
+def place(model: "PreTrainedModel", run: Run) -> "PreTrainedModel":
     """The same model, on this process's device, compiled if the run's config says so."""
     from undo import models
     from undo.train import this_process
@@ -200,7 +210,3 @@ def generator(seed: int) -> "torch.Generator":
     import torch
 
     return torch.Generator().manual_seed(seed)
-
-
-def shape_of(model: "Gemma2ForCausalLM") -> ReducedGemma2:
-    return ReducedGemma2.from_transformers(model.config.to_dict())

@@ -9,7 +9,7 @@ from undo.tokens import TokenStore
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Gemma2ForCausalLM
+    from transformers import PreTrainedModel
 
 
 class TokenCrossEntropy(EvaluationConfig):
@@ -32,7 +32,7 @@ class TokenCrossEntropy(EvaluationConfig):
 
         whole = sum(t.total for both in parts.values() for some in both for t in some)
 
-        def measure(model: "Gemma2ForCausalLM", full: bool) -> Measured:
+        def measure(model: "PreTrainedModel", full: bool) -> Measured:
             import torch
 
             from undo.losses import cross_entropy
