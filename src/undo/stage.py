@@ -1,6 +1,7 @@
 """What the stages that train have in common: the rest of their config, and the way from a model to a finished run."""
 
 import fcntl
+import importlib.util
 import json
 import zlib
 from collections.abc import Callable, Mapping
@@ -59,6 +60,13 @@ class TrainingStage(StageConfig):
     def flops_per_token(self, model: Shape, length: int) -> int:
         """Of one training step: forward and backward cost 3 forward passes; more where a second model runs along."""
         return 3 * model.forward_flops(length)
+
+    def check(self) -> None:
+        if self.training.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"{self.name}: training.optimizer=adamw_8bit needs the library bitsandbytes, which is not installed\n"
+                f"get it with: uv sync --extra 8bit"
+            )
 
     def compiles(self, device: str) -> bool:
         """Compiling took 27 s on a CPU, for 1.4 times the demo's speed: it does not pay in a short run."""
@@ -125,6 +133,7 @@ def fit(
     return {
         "steps": outcome.steps,
         "tokens": outcome.tokens,
+        "tokens_per_second": outcome.tokens_per_second,
         "flops": cfg.flops_per_token(size, length) * outcome.tokens,
         "evaluation_flops": size.forward_flops(length) * outcome.evaluation_tokens,
         "parameters": size.parameters,
@@ -203,7 +212,7 @@ def place(model: "PreTrainedModel", run: Run) -> "PreTrainedModel":
     device, cfg = this_process().device, run.configured
     assert device is not None
     assert isinstance(cfg, TrainingStage)
-    return models.place(model, device, cfg.compiles(device.type))
+    return models.place(model, device, cfg.compiles(device.type), cfg.execution.gradient_checkpointing)
 
 
 def generator(seed: int) -> "torch.Generator":
