@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from undo import cli
 from undo.config import Mixture, RunName
 from undo.run import Diverged, Run
-from undo.stage import Stage, TrainingStage, fit, keep, load_parent
+from undo.stage import Stage, TrainingStage, fit, keep, load_parent, require_memory
 
 
 class Relearn(TrainingStage):
@@ -27,6 +27,7 @@ class Relearn(TrainingStage):
 def relearn(cfg: Relearn, run: Run) -> None:
     from undo.losses import cross_entropy
 
+    require_memory(cfg, run, cfg.model)
     model = load_parent(run, cfg.model)
     try:
         facts = fit(cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])}, starts_as=cfg.model)

@@ -11,7 +11,7 @@ from undo.config import Mixture, RunName
 from undo.methods import UnlearningMethod
 from undo.run import Run
 from undo.shape import Shape
-from undo.stage import Stage, TrainingStage, fit, generator, keep, load_parent
+from undo.stage import Stage, TrainingStage, fit, generator, keep, load_parent, require_memory
 
 if TYPE_CHECKING:
     from undo.train import Gradient, Gradients, Terms
@@ -26,6 +26,9 @@ class Unlearn(TrainingStage):
     def streams(self) -> Mapping[str, Mixture]:
         return {"retain": {"retain": 1.0}, "forget": {"forget": 1.0}}
 
+    def trains(self, parameter: str) -> bool:
+        return self.method.trains(parameter)
+
     def flops_per_token(self, model: Shape, length: int) -> int:
         return self.method.flops_per_token(model, length)
 
@@ -34,6 +37,7 @@ def unlearn(cfg: Unlearn, run: Run) -> None:
     from undo import health
     from undo.models import freeze
 
+    require_memory(cfg, run, cfg.reference, [cfg.reference] if cfg.method.needs_reference else [])
     model = load_parent(run, cfg.reference)
     health.choose_weights(model, cfg.method)
     reference = freeze(load_parent(run, cfg.reference)) if cfg.method.needs_reference else None

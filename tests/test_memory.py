@@ -1,22 +1,58 @@
 """What makes a large model fit: recomputed activations, optimiser states in 8 bits, and the estimate before loading."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SHAPE, batch, lively, metrics, training
+from conftest import ROOT, SHAPE, batch, lively, metrics, training
 from test_architectures import build
 from test_train import go, same
 from transformers import PreTrainedModel
 
-from undo import models
-from undo.config import ConfigError
+from undo import memory, models
+from undo.config import ConfigError, Execution, as_raw, validate
 from undo.losses import activation_mse, cross_entropy
 from undo.prepare_models import ReducedGemma2
 from undo.run import Interrupted, Run
 
 CPU = torch.device("cpu")
+ONE_RUN = """
+import resource, sys
+sys.path[:0] = [{tests!r}]
+import torch
+torch.set_num_threads(1)
+from conftest import batch, execution, training
+from undo import memory, models
+from undo.losses import cross_entropy
+from undo.prepare_models import ReducedGemma2
+from undo.train import _optimizer
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def steps(shape, cfg, rows, length):
+    model = models.place(shape.build(0), torch.device("cpu"))
+    optimizer = _optimizer(list(model.parameters()), cfg)
+    tokens = batch(cfg.batch_rows, length, vocab_size=shape.vocab_size)
+    for _ in range(2):
+        for part in tokens.micro_batches(rows):
+            cross_entropy(model, part).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+steps(ReducedGemma2(vocab_size=64, hidden_size=16, intermediate_size=16, layers=1, head_dim=16), training(), 2, 64)
+before = peak()
+sizes = {{"hidden_size": 384, "intermediate_size": 1536, "layers": 6, "heads": 4, "kv_heads": 2, "head_dim": 96}}
+shape = ReducedGemma2(vocab_size=16000, **sizes)
+cfg = training(batch_rows=4)
+steps(shape, cfg, 2, 256)
+said = memory.needed(shape, cfg, execution(micro_rows=2), 256, device="cpu")
+print(peak() - before, said.total - said.process)
+"""
 # wide enough that most matrices have their state in 8 bits: those of 4,096 weights and more
 WIDE = ReducedGemma2(vocab_size=448, hidden_size=64, intermediate_size=128, layers=2, heads=2, kv_heads=1, head_dim=16)
 
@@ -155,3 +191,124 @@ def test_tokens_per_second_leave_the_first_step_out(tmp_path, data, monkeypatch)
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=clock))
     _, outcome = go(tmp_path, data, evaluate=evaluate)
     assert outcome.tokens_per_second == pytest.approx(4 * 32 / 2)
+
+
+# --- the estimate --------------------------------------------------------------------------------------------------
+
+
+def test_the_estimate_is_near_a_measured_peak():
+    """Of a process that trains 30 million weights, beyond what Python and torch take: within a factor of 1.4."""
+    command = [sys.executable, "-c", ONE_RUN.format(tests=str(ROOT / "tests"))]
+    result = subprocess.run(command, env={**os.environ, "MALLOC_ARENA_MAX": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    measured, said = map(float, result.stdout.split())
+    assert measured / 1.4 < said < measured * 1.4
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "llama", "qwen3"])
+def test_activations_are_bounded(name, mixed):
+    """What autograd really keeps of a block, the bf16 copies of weights aside: never more than said, nor below half."""
+    model, tokens = build(name).float(), batch(rows=2, length=256)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    shape, kept = models.shape(model), {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address is given out twice
+        return tensor
+
+    def saved(layer):
+        kept.clear()
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16, enabled=mixed),
+        ):
+            models.hidden_states(model, tokens, layer)
+        return sum(size for size, _ in kept.values())
+
+    copies = 2 * sum(w.numel() for w in models.blocks(model)[0].parameters() if w.ndim == 2) if mixed else 0
+    a_block = (saved(2) - saved(0)) / 2 - copies
+    said = memory._activations(shape, 256, mixed, "cpu") * 512
+    assert a_block < said < 4 * a_block
+
+
+def test_weights_gradients_and_states_are_counted():
+    cfg, execution = training(batch_rows=8), Execution(micro_rows=1)
+    shape = ReducedGemma2(size="0.3B")
+    n, tied = shape.parameters, shape.vocab_size * shape.hidden_size
+    full = memory.needed(shape, cfg, execution, 128, frozen=[shape])
+    assert (full.weights, full.frozen, full.optimizer) == (4 * n, 4 * n, 8 * n)
+    assert full.gradients == 4 * (n + 2 * tied)
+    few = memory.needed(shape, cfg, execution, 128, trained=1000)
+    assert (few.weights, few.frozen, few.gradients, few.optimizer) == (4 * n, 0, 4000, 8000)
+    small = memory.needed(shape, training(batch_rows=8, optimizer="adamw_8bit"), execution, 128)
+    assert small.optimizer == pytest.approx(2 * n, rel=0.02)
+    again = memory.needed(shape, cfg, Execution(micro_rows=4), 128)
+    recomputed = memory.needed(shape, cfg, Execution(micro_rows=4, gradient_checkpointing=True), 128)
+    assert recomputed.activations < again.activations / 3
+    assert again.activations == pytest.approx(4 * full.activations, rel=0.1)
+
+
+def test_known_models_have_their_known_sizes():
+    sizes = {name: shape.parameters for name, shape in memory.MODELS.items()}
+    assert sizes == {"gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952, "gemma-2-2b": 2_614_341_888}
+
+
+def test_what_is_too_large_is_refused_with_the_keys_that_help():
+    shape, cfg = memory.MODELS["gemma-2-2b"], training(batch_rows=8, precision="bf16")
+    assert memory.require(140e9, shape, cfg, Execution(), 1024).total < 140e9
+    with pytest.raises(ConfigError) as refusal:
+        memory.require(45e9, shape, cfg, Execution(), 1024)
+    lines = str(refusal.value).splitlines()
+    assert len(lines) == 2
+    assert "optimizer 20.9" in lines[0]
+    keys = "execution.micro_rows=1 training.optimizer=adamw_8bit"
+    assert f"has 45.0 GB of memory; it would fit with: {keys}" in lines[1]
+    with pytest.raises(ConfigError, match="it would fit with: execution.micro_rows=. "):
+        memory.require(75e9, shape, cfg, Execution(), 1024)  # 8 bits change results, so they come last
+    with pytest.raises(ConfigError, match="no key makes it fit"):
+        memory.require(20e9, shape, cfg, Execution(), 1024)
+
+
+def test_the_advice_fits():
+    shape, cfg = memory.MODELS["gemma-3-1b"], training(batch_rows=8)
+    found = list(memory.options(shape, cfg, Execution(), 512))
+    assert found[0].keys == ""
+    assert len({option.keys for option in found}) == len(found) == 2 * 2 * 4
+    assert found[-1].memory.total == min(option.memory.total for option in found)
+
+
+def test_a_run_that_does_not_fit_fails_before_its_weights_are_loaded(data, monkeypatch):
+    from run_pretrain import Pretrain, pretrain
+
+    run = Run(data.runs, "tiny", "pretrain/too-large")
+    raw = {
+        "name": "too-large",
+        "data": "prepare/data",
+        "model": as_raw(SHAPE),
+        "mixture": {"retain": 1.0},
+        "training": as_raw(training()),
+        "evaluation": {"name": "cross_entropy"},
+    }
+    config = validate(Pretrain, raw, "here")
+    run.claim(config)
+    run.open(config)
+    monkeypatch.setattr(memory, "available", lambda runs: (5e8, "cpu"))
+    monkeypatch.setattr(ReducedGemma2, "build", lambda *_: pytest.fail("it was built"))
+    with pytest.raises(ConfigError, match=r"this run needs 0\.5 GB"):
+        pretrain(config, run)
+
+
+def test_this_machine_has_memory():
+    found, device = memory.available()
+    assert device == "cpu"
+    assert 1e8 < found < 1e14
+
+
+def test_the_table_names_every_model_and_card():
+    text = memory.table()
+    assert all(name in text for name in memory.MODELS)
+    assert "141 GB" in text
+    assert "modelled, not measured" in text

@@ -397,11 +397,16 @@ def shape(model: PreTrainedModel) -> CountedShape:
     )
 
 
-def read_shape(folder: Path) -> CountedShape:
-    """From a model folder's config.json alone: the model is built without memory."""
+def skeleton(folder: Path) -> PreTrainedModel:
+    """The model of a folder's config.json, without weights and without memory for them."""
     config = read_config(folder)
     with torch.device("meta"):
-        return shape(AutoModelForCausalLM.from_config(config))
+        return AutoModelForCausalLM.from_config(config)
+
+
+def read_shape(folder: Path) -> CountedShape:
+    """From a model folder's config.json alone."""
+    return shape(skeleton(folder))
 
 
 def save(model: nn.Module, tokenizer_folder: Path, folder: Path) -> None:

@@ -4,7 +4,7 @@ import fcntl
 import importlib.util
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,6 +57,10 @@ class TrainingStage(StageConfig):
         """The batch's entries, and the mixture of roles behind each."""
         raise TypeError(f"{type(self).__name__} does not say which data it reads")
 
+    def trains(self, parameter: str) -> bool:
+        """Whether the weight of this name is trained."""
+        return True
+
     def flops_per_token(self, model: Shape, length: int) -> int:
         """Of one training step: forward and backward cost 3 forward passes; more where a second model runs along."""
         return 3 * model.forward_flops(length)
@@ -96,9 +100,7 @@ def fit(
     from undo.models import shape
     from undo.train import plain, train
 
-    data = run.sibling(cfg.data)
-    used = {role for mixture in cfg.streams().values() for role, share in mixture.items() if share > 0}
-    stores: dict[Role, TokenStore] = {role: open_store(data, role) for role in ROLES if role in used}
+    data, stores = run.sibling(cfg.data), open_stores(cfg, run)
     largest = max(store.vocab_size for store in stores.values())
     if largest > model.config.vocab_size:
         raise ConfigError(
@@ -165,6 +167,39 @@ def evaluation_file(of: RunDirectory, cfg: TrainingStage) -> Path:
     folder = of.folder / "evaluations"
     folder.mkdir(exist_ok=True)
     return folder / f"{digest(how)}.json"
+
+
+def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen: Sequence[RunName] = ()) -> None:
+    """Raises ConfigError, before any weight is loaded, if training `model` beside the frozen ones cannot fit.
+
+    A run's model is known by its folder's config.json.
+    """
+    from undo import memory
+    from undo.models import shape, skeleton
+
+    trained = None
+    if isinstance(model, str):
+        empty = skeleton(run.sibling(model).model)
+        trained = sum(weight.numel() for name, weight in empty.named_parameters() if cfg.trains(name))
+        model = shape(empty)
+    available, device = memory.available(cfg.execution.runs_per_gpu)
+    memory.require(
+        available,
+        model,
+        cfg.training,
+        cfg.execution,
+        max(store.length for store in open_stores(cfg, run).values()),
+        frozen=[shape_of_parent(run, name) for name in frozen],
+        trained=trained,
+        streams=len(cfg.streams()),
+        device=device,
+    )
+
+
+def open_stores(cfg: TrainingStage, run: Run) -> dict[Role, TokenStore]:
+    """Of all roles that the run trains on."""
+    used = {role for mixture in cfg.streams().values() for role, share in mixture.items() if share > 0}
+    return {role: open_store(run.sibling(cfg.data), role) for role in ROLES if role in used}
 
 
 def open_store(data: RunDirectory, role: Role) -> TokenStore:
