@@ -12,7 +12,7 @@ from undo import cli
 from undo.config import RunName
 from undo.distill import DistillingStage, distill
 from undo.run import Run
-from undo.stage import Stage, load_parent, place, shape_of_parent
+from undo.stage import Stage, fresh_like, load_parent, require_memory
 
 
 class Distill(DistillingStage):
@@ -31,10 +31,11 @@ class Distill(DistillingStage):
 
 
 def start(cfg: Distill, run: Run) -> None:
+    require_memory(cfg, run, cfg.reference or cfg.teacher, [cfg.teacher])
     if cfg.reference is not None:
         student = load_parent(run, cfg.reference)
     else:
-        student = place(shape_of_parent(run, cfg.teacher).build(cfg.seed_for("init")), run)
+        student = fresh_like(run, cfg.teacher, cfg.seed_for("init"))
     distill(cfg, run, student)
 
 

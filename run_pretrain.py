@@ -9,7 +9,7 @@ from undo import cli
 from undo.config import Mixture
 from undo.prepare_models import ReducedGemma2
 from undo.run import Run
-from undo.stage import Stage, TrainingStage, fit, keep, place
+from undo.stage import Stage, TrainingStage, fit, keep, place, require_memory
 
 
 class Pretrain(TrainingStage):
@@ -25,6 +25,7 @@ class Pretrain(TrainingStage):
 def pretrain(cfg: Pretrain, run: Run) -> None:
     from undo.losses import cross_entropy
 
+    require_memory(cfg, run, cfg.model)
     model = place(cfg.model.build(cfg.seed_for("init")), run)
     facts = fit(cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])})
     keep(model, cfg, run)

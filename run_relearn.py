@@ -11,7 +11,7 @@ from undo import cli
 from undo.config import Mixture, RunName
 from undo.noise import Noise
 from undo.run import Diverged, Run
-from undo.stage import Stage, TrainingStage, fit, generator, keep, load_parent, place, shape_of
+from undo.stage import Stage, TrainingStage, fit, fresh_like, generator, keep, load_parent, require_memory
 
 
 class Relearn(TrainingStage):
@@ -30,9 +30,10 @@ class Relearn(TrainingStage):
 def relearn(cfg: Relearn, run: Run) -> None:
     from undo.losses import cross_entropy
 
+    require_memory(cfg, run, cfg.model)
     model = load_parent(run, cfg.model)
     if cfg.noise is not None:
-        fresh = place(shape_of(model).build(cfg.seed_for("init")), run)
+        fresh = fresh_like(run, cfg.model, cfg.seed_for("init"))
         cfg.noise.apply(model, fresh, generator(cfg.seed_for("noise")))
     starts_as = cfg.model if cfg.noise is None else None  # what was perturbed is another model
     try:

@@ -7,7 +7,7 @@ from undo import cli
 from undo.distill import DistillingStage, distill
 from undo.noise import Noise
 from undo.run import Run
-from undo.stage import Stage, generator, load_parent, place, shape_of
+from undo.stage import Stage, fresh_like, generator, load_parent, require_memory
 
 
 class Undo(DistillingStage):
@@ -17,8 +17,9 @@ class Undo(DistillingStage):
 
 
 def undo(cfg: Undo, run: Run) -> None:
+    require_memory(cfg, run, cfg.teacher, [cfg.teacher])
     student = load_parent(run, cfg.teacher)
-    fresh = place(shape_of(student).build(cfg.seed_for("init")), run)
+    fresh = fresh_like(run, cfg.teacher, cfg.seed_for("init"))
     cfg.noise.apply(student, fresh, generator(cfg.seed_for("noise")))
     distill(cfg, run, student)
 

@@ -11,9 +11,9 @@ from pydantic import Field
 from undo import cli
 from undo.config import Mixture, RunName
 from undo.methods import UnlearningMethod
-from undo.prepare_models import ReducedGemma2
 from undo.run import Run
-from undo.stage import Stage, TrainingStage, fit, generator, keep, load_parent
+from undo.shape import Shape
+from undo.stage import Stage, TrainingStage, fit, generator, keep, load_parent, require_memory
 
 if TYPE_CHECKING:
     from undo.train import Gradient, Gradients, Terms
@@ -29,7 +29,10 @@ class Unlearn(TrainingStage):
     def streams(self) -> Mapping[str, Mixture]:
         return {"retain": self.retain_mixture, "forget": {"forget": 1.0}}
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+    def trains(self, parameter: str) -> bool:
+        return self.method.trains(parameter)
+
+    def flops_per_token(self, model: Shape, length: int) -> int:
         return self.method.flops_per_token(model, length)
 
 
@@ -37,6 +40,7 @@ def unlearn(cfg: Unlearn, run: Run) -> None:
     from undo import health
     from undo.models import freeze
 
+    require_memory(cfg, run, cfg.reference, [cfg.reference] if cfg.method.needs_reference else [])
     model = load_parent(run, cfg.reference)
     health.choose_weights(model, cfg.method)
     reference = freeze(load_parent(run, cfg.reference)) if cfg.method.needs_reference else None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  # its usual name
-from transformers import Gemma2ForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from undo.prepare_data.arithmetic import Problem
 from undo.tokens import IGNORE
@@ -52,7 +52,7 @@ def uniform_kl(logits: Tensor, labels: Tensor) -> Tensor:
     return (divergence * mask).sum() / mask.sum()
 
 
-def rmu(model: Gemma2ForCausalLM, reference: Gemma2ForCausalLM, ids: Tensor, layer: int, target: Tensor) -> Tensor:
+def rmu(model: PreTrainedModel, reference: PreTrainedModel, ids: Tensor, layer: int, target: Tensor) -> Tensor:
     """Three forward passes through all layers and the head, of which one hidden state each is used."""
     forget, retain = ids
     hidden = model(forget, output_hidden_states=True).hidden_states[layer + 1]
@@ -75,7 +75,7 @@ def padded(documents: Sequence[np.ndarray], rows: int, length: int) -> Iterator[
         yield torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(labels)
 
 
-def validation_loss(model: Gemma2ForCausalLM, documents: Sequence[np.ndarray], rows: int, length: int) -> float:
+def validation_loss(model: PreTrainedModel, documents: Sequence[np.ndarray], rows: int, length: int) -> float:
     """Mean cross entropy per token, from full logits of padded batches."""
     total, count = 0.0, 0
     for ids, mask, labels in padded(documents, rows, length):
@@ -87,7 +87,7 @@ def validation_loss(model: Gemma2ForCausalLM, documents: Sequence[np.ndarray], r
 
 
 def accuracy(
-    model: Gemma2ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     at_once: int = 1,

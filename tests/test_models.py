@@ -49,10 +49,13 @@ def test_packed_documents_do_not_see_each_other(model):
     torch.testing.assert_close(packed[4:7], model.model(two[None]).last_hidden_state[0], rtol=1e-5, atol=1e-5)
 
 
-def test_rows_longer_than_the_sliding_window_are_refused():
-    narrow = SHAPE.model_copy(update={"sliding_window": 8}).build(0)
-    with pytest.raises(ConfigError, match="sliding window of 8"):
-        models.hidden_states(narrow, collate([[torch.arange(9).numpy()]]))
+def test_rows_may_be_longer_than_the_sliding_window(model):
+    narrow = lively(SHAPE.model_copy(update={"sliding_window": 8}).build(0))
+    one, two = torch.arange(5, 25), torch.arange(30, 42)
+    packed = models.hidden_states(narrow, collate([[one.numpy(), two.numpy()]]))[0]
+    for found, ids in ((packed[:20], one), (packed[20:], two)):
+        torch.testing.assert_close(found, narrow.model(ids[None]).last_hidden_state[0], rtol=1e-5, atol=1e-5)
+    assert (models.hidden_states(model, collate([[one.numpy()]]))[0] - packed[:20]).abs().max() > 1e-2  # it matters
 
 
 def test_a_layer_that_does_not_exist_is_refused(model):
@@ -64,8 +67,9 @@ def test_save_and_load(tmp_path, data, model):
     models.save(model, data.folder / "tokenizer", tmp_path / "model")
     for loaded in (models.load(tmp_path / "model"), AutoModelForCausalLM.from_pretrained(tmp_path / "model")):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-    facts = models.load(tmp_path / "model").config.to_dict()
-    assert ReducedGemma2.from_transformers(facts) == SHAPE
+    for shape in (models.shape(model), models.read_shape(tmp_path / "model")):
+        assert (shape.layers, shape.heads, shape.head_dim, shape.parameters) == (2, 2, 8, SHAPE.parameters)
+        assert [shape.forward_flops(n) for n in (64, 8192)] == [SHAPE.forward_flops(n) for n in (64, 8192)]
 
 
 def test_weights_load_in_fp32_whatever_they_were_saved_in(tmp_path, data):

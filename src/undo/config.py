@@ -72,6 +72,7 @@ class Training(Frozen):
     weight_decay: NonNegative = 0.0
     betas: tuple[Share, Share] = (0.9, 0.999)
     clip_norm: Positive | None = 1.0
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # 8bit: its state takes a quarter of the memory, and rounds
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; the weights stay fp32
     evaluate_every: Count
     evaluate_at: tuple[int, ...] = ()  # further steps
@@ -98,6 +99,7 @@ class Execution(Frozen):
     runs_per_gpu: Count = 1
     runs_per_process: Count = 1  # runs of the same models that share a process, one after the other: saves start-up
     compile: bool | None = None  # the model's body by torch.compile; None: on CUDA, in runs of 1000 steps and more
+    gradient_checkpointing: bool = False  # each block's forward pass twice, for the memory of its activations
     threads: Count = 1  # of one run on CPU; cores / threads runs go side by side
     tracking: Literal["off", "offline", "online"] = "off"  # Weights & Biases
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from undo.config import Mixture, NonNegative, RunName
-from undo.prepare_models import ReducedGemma2
 from undo.run import Run
-from undo.stage import TrainingStage, fit, keep, load_parent
+from undo.shape import Shape
+from undo.stage import TrainingStage, fit, keep, load_parent, shape_of_parent
 
 if TYPE_CHECKING:
-    from transformers import Gemma2ForCausalLM
+    from transformers import PreTrainedModel
 
 
 class DistillingStage(TrainingStage):
@@ -24,15 +24,16 @@ class DistillingStage(TrainingStage):
     def streams(self) -> Mapping[str, Mixture]:
         return {"train": self.mixture}
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+    def flops_per_token(self, model: Shape, length: int) -> int:
         return 4 * model.forward_flops(length)  # forward and backward of the student, forward of the teacher
 
 
-def distill(cfg: DistillingStage, run: Run, student: "Gemma2ForCausalLM") -> None:
+def distill(cfg: DistillingStage, run: Run, student: "PreTrainedModel") -> None:
     """Train `student` towards the teacher's outputs until the threshold or the last step; save it, finish the run."""
-    from undo.losses import forward_kl
-    from undo.models import freeze
+    from undo.losses import forward_kl, same_vocabulary
+    from undo.models import freeze, head
 
+    same_vocabulary(shape_of_parent(run, cfg.teacher).vocab_size, len(head(student).weight))
     teacher = freeze(load_parent(run, cfg.teacher))
     target: Mapping[str, float] = run.sibling(cfg.teacher).facts["evaluation"]
 

@@ -21,7 +21,7 @@ from undo.tokens import TokenStore
 from undo.train import Gradient
 
 if TYPE_CHECKING:
-    from transformers import Gemma2ForCausalLM
+    from transformers import PreTrainedModel
 
 ROWS: Final = 32  # of forget text for the cross entropy
 
@@ -59,7 +59,7 @@ def recorded_norms(run: RunDirectory) -> dict[str, float]:
 
 
 @torch.no_grad()
-def of(model: "Gemma2ForCausalLM", start: nn.Module, data: RunDirectory) -> dict[str, float]:
+def of(model: "PreTrainedModel", start: nn.Module, data: RunDirectory) -> dict[str, float]:
     """The state of the trained `model`, `start` being what it was before."""
     before = dict(start.named_parameters())
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

@@ -14,31 +14,32 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Gemma2ForCausalLM
+from transformers import PreTrainedModel
 
+from undo.config import ConfigError
 from undo.models import Head, head, hidden_states
 from undo.tokens import Tokens
 
 
-def cross_entropy(model: Gemma2ForCausalLM, tokens: Tokens) -> Tensor:
+def cross_entropy(model: PreTrainedModel, tokens: Tokens) -> Tensor:
     """Mean of -log p(label) over the labels. Scalar."""
     target = CrossEntropy(tokens.at_labels(tokens.labels))
     return linear_loss(tokens.at_labels(hidden_states(model, tokens)), head(model), target) / tokens.total
 
 
-def uniform_kl(model: Gemma2ForCausalLM, tokens: Tokens) -> Tensor:
+def uniform_kl(model: PreTrainedModel, tokens: Tokens) -> Tensor:
     """Mean of KL(U || p) over the labelled positions, U uniform over the vocabulary (Section 4, Method B). Scalar."""
     return linear_loss(tokens.at_labels(hidden_states(model, tokens)), head(model), UniformKL()) / tokens.total
 
 
-def forward_kl(student: Gemma2ForCausalLM, teacher: Gemma2ForCausalLM, tokens: Tokens) -> Tensor:
+def forward_kl(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens) -> Tensor:
     """Mean of KL(teacher || student) over the labelled positions (Section 4, Unlearn-and-Distill). Scalar."""
     with torch.no_grad():
         target = ForwardKL(tokens.at_labels(hidden_states(teacher, tokens)), head(teacher))
     return linear_loss(tokens.at_labels(hidden_states(student, tokens)), head(student), target) / tokens.total
 
 
-def undial_kl(student: Gemma2ForCausalLM, teacher: Gemma2ForCausalLM, tokens: Tokens, strength: float) -> Tensor:
+def undial_kl(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, strength: float) -> Tensor:
     """Mean of KL(q || student), q = softmax(teacher's logits - strength x onehot(label)), over the labels. Scalar."""
     with torch.no_grad():
         target = LoweredKL(
@@ -47,7 +48,7 @@ def undial_kl(student: Gemma2ForCausalLM, teacher: Gemma2ForCausalLM, tokens: To
     return linear_loss(tokens.at_labels(hidden_states(student, tokens)), head(student), target) / tokens.total
 
 
-def document_losses(model: Gemma2ForCausalLM, tokens: Tokens) -> Tensor:
+def document_losses(model: PreTrainedModel, tokens: Tokens) -> Tensor:
     """-log p of each document that has labels, in order, without a gradient. [documents]"""
     with torch.no_grad():
         hidden = tokens.at_labels(hidden_states(model, tokens))
@@ -133,14 +134,16 @@ class Logits:
     def __init__(self, head: Head, grid: Grid, precision: torch.dtype) -> None:
         self.softcap, self.scale = head.softcap, head.softcap or 1.0
         self.weights = [weight.to(precision) for weight in head.weight.split(grid.columns)]
+        self._biases = None if head.bias is None else (head.bias / self.scale).split(grid.columns)
         shape = len(self.weights), grid.rows, grid.columns  # one buffer for all chunks: fresh memory costs page faults
         self._buffer = head.weight.new_empty(shape, dtype=torch.promote_types(head.weight.dtype, torch.float32))
 
     def products(self, hidden: Tensor) -> Iterator[Tensor]:
-        """hidden @ weight.T / scale, tile by tile, without the softcap."""
+        """(hidden @ weight.T + bias) / scale, tile by tile, without the softcap."""
         hidden = (hidden / self.scale).to(self.weights[0].dtype)
-        for weight, buffer in zip(self.weights, self._buffer, strict=True):
-            yield _product(hidden, weight.T, out=buffer[: len(hidden), : len(weight)])
+        for i, (weight, buffer) in enumerate(zip(self.weights, self._buffer, strict=True)):
+            tile = _product(hidden, weight.T, out=buffer[: len(hidden), : len(weight)])
+            yield tile if self._biases is None else tile.add_(self._biases[i])
 
     def read(self, hidden: Tensor) -> None:
         self.tiles, sums = [], []
@@ -228,7 +231,7 @@ def linear_loss(hidden: Tensor, head: Head, target: Target, weights: Tensor | No
     with torch.autocast(kind, enabled=False):
         if not torch.is_grad_enabled():
             return _sum_of_tiles(hidden, head, target, precision, weights).sum()
-        return _LinearLoss.apply(hidden, head.weight, head.softcap, target, precision, weights)  # pyright: ignore[reportReturnType]
+        return _LinearLoss.apply(hidden, head.weight, head.bias, head.softcap, target, precision, weights)  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()
@@ -248,17 +251,16 @@ class _LinearLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         softcap: float | None,
         target: Target,
         precision: torch.dtype,
         weights: Tensor | None,
     ) -> Tensor:
-        with_hidden, with_weight, *_ = ctx.needs_input_grad
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        grad_hidden = torch.empty_like(hidden, dtype=exact) if with_hidden else None
-        grad_weight = torch.empty_like(weight, dtype=exact) if with_weight else None
-        ctx.gradients = grad_hidden, grad_weight
-        return _sum_of_tiles(hidden, Head(weight, softcap), target, precision, weights, grad_hidden, grad_weight).sum()
+        wanted = zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        ctx.gradients = [torch.empty_like(t, dtype=exact) if t is not None and want else None for t, want in wanted]
+        return _sum_of_tiles(hidden, Head(weight, softcap, bias), target, precision, weights, *ctx.gradients).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -277,16 +279,22 @@ def _sum_of_tiles(
     weights: Tensor | None,
     grad_hidden: Tensor | None = None,
     grad_weight: Tensor | None = None,
+    grad_bias: Tensor | None = None,
 ) -> Tensor:
-    """Each token's loss, summed over its tiles: [tokens]. Its gradients overwrite the two tensors, where given."""
+    """Each token's loss, summed over its tiles: [tokens]. Its gradients overwrite the last three, where given.
+
+    Raises ConfigError for a teacher of another vocabulary.
+    """
     size = grid(head.weight, len(hidden))
-    form = Form(None if grad_hidden is grad_weight is None else precision, head.softcap is not None)
+    form = Form(None if grad_hidden is grad_weight is grad_bias is None else precision, head.softcap is not None)
     student, teacher = Logits(head, size, precision), None
     if target.teacher is not None:
+        same_vocabulary(len(target.teacher[1].weight), len(head.weight))
         teacher = Logits(target.teacher[1], size, precision)
     losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    if len(hidden) == 0 and grad_weight is not None:
-        grad_weight.zero_()
+    for total in (grad_weight, grad_bias):
+        if len(hidden) == 0 and total is not None:
+            total.zero_()
     for first in range(0, len(hidden), size.rows):
         chunk = slice(first, first + size.rows)
         student.read(hidden[chunk])
@@ -305,7 +313,19 @@ def _sum_of_tiles(
                 _add_product(grad_hidden[chunk], grad, weight, anew=i == 0)
             if grad is not None and grad_weight is not None:
                 _add_product(grad_weight[start : start + len(weight)], grad.T, inputs, anew=first == 0)
+            if grad is not None and grad_bias is not None:
+                part = grad_bias[start : start + len(weight)]
+                part.copy_(grad.sum(0, dtype=part.dtype) if first == 0 else part + grad.sum(0, dtype=part.dtype))
     return losses if weights is None else losses * weights
+
+
+def same_vocabulary(teacher: int, student: int) -> None:
+    """Raises ConfigError where a student cannot learn from a teacher, word by word."""
+    if teacher != student:
+        raise ConfigError(
+            f"the teacher has a vocabulary of {teacher}, the student one of {student}\n"
+            f"a student learns from a teacher's probabilities of the same words: choose models of one family"
+        )
 
 
 # --- products in `precision` with fp32 results ---------------------------------------------------------------------

@@ -14,17 +14,18 @@ class Noise(Frozen):
 
     distribution: `xavier`, the paper's: Xavier-uniform for matrices, zero for vectors. `init`: what a fresh model of
     the same architecture would draw, so that alpha = beta = 1 is exactly a random initialisation.
-    norms: `paper` shrinks norm weights like all others (harmless in Gemma-2, whose norms multiply by 1 + w);
-    `keep` leaves vectors alone, for models whose norms multiply by w.
+    norms: `paper` shrinks vectors like all other weights, `keep` leaves them alone. None: as the architecture needs it,
+    vector by vector. One that a fresh model starts at 0 is shrunk (biases, and Gemma's norms, which multiply by 1 + w);
+    one that it starts elsewhere is kept (the norms of Llama or Qwen multiply by w: without it nothing comes through).
     """
 
     alpha: Share
     beta: NonNegative = 0.1
     distribution: Literal["xavier", "init"] = "xavier"
-    norms: Literal["paper", "keep"] = "paper"
+    norms: Literal["paper", "keep"] | None = None
 
     def apply(self, model: "nn.Module", fresh: "nn.Module", rng: "torch.Generator") -> None:
-        """Perturb `model` in place. `fresh` is a random initialisation of the same architecture, for `init`.
+        """Perturb `model` in place. `fresh` is a random initialisation of the same architecture.
 
         A tied matrix is visited once. Raises ValueError for a weight of more than two dimensions.
         """
@@ -35,7 +36,7 @@ class Noise(Frozen):
             for name, weight in model.named_parameters():
                 if weight.ndim > 2:
                     raise ValueError(f"no noise is defined for {name} of shape {tuple(weight.shape)}")
-                if weight.ndim < 2 and self.norms == "keep":
+                if weight.ndim < 2 and (bool(initial[name].any()) if self.norms is None else self.norms == "keep"):
                     continue
                 if self.distribution == "init":
                     sample = initial[name]

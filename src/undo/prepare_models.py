@@ -1,14 +1,14 @@
 """Reduced Gemma-2: the architecture of Table 1 at any size, seeded random initialisation, and what it costs."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from pydantic import model_validator
 
 from undo.config import Count, Frozen, Positive
+from undo.shape import seen_twice
 
 if TYPE_CHECKING:
-    from transformers import Gemma2ForCausalLM
+    from transformers import PreTrainedModel
 
 
 Size = Literal["0.1B", "0.3B", "0.6B", "0.9B", "2B"]
@@ -38,7 +38,7 @@ class ReducedGemma2(Frozen):
     query_scale: Count = 256  # attention scores are divided by its root (query_pre_attn_scalar)
     attention_softcap: Positive | None = 50.0
     final_softcap: Positive | None = 30.0
-    sliding_window: Count = 4096  # in every other layer; longer rows than this are refused
+    sliding_window: Count = 4096  # in every other layer, from the first
     init_std: Positive = 0.02
 
     @model_validator(mode="before")
@@ -46,24 +46,6 @@ class ReducedGemma2(Frozen):
     def _fill_in_the_size(cls, values: Any) -> Any:
         size = values.get("size") if isinstance(values, dict) else None
         return SIZES.get(size, {}) | values if size is not None else values
-
-    @classmethod
-    def from_transformers(cls, facts: Mapping[str, Any]) -> Self:
-        """Read back from a model folder's config.json, or from a transformers config's `to_dict()`."""
-        return cls(
-            vocab_size=facts["vocab_size"],
-            hidden_size=facts["hidden_size"],
-            intermediate_size=facts["intermediate_size"],
-            layers=facts["num_hidden_layers"],
-            heads=facts["num_attention_heads"],
-            kv_heads=facts["num_key_value_heads"],
-            head_dim=facts["head_dim"],
-            query_scale=facts["query_pre_attn_scalar"],
-            attention_softcap=facts["attn_logit_softcapping"],
-            final_softcap=facts["final_logit_softcapping"],
-            sliding_window=facts["sliding_window"],
-            init_std=facts["initializer_range"],
-        )
 
     @property
     def body_parameters(self) -> int:
@@ -78,12 +60,19 @@ class ReducedGemma2(Frozen):
 
     def forward_flops(self, length: int) -> int:
         """FLOPs of one forward pass per token in rows of `length`: 2 per weight, and causal attention."""
-        return 2 * self.parameters + 2 * self.layers * length * self.heads * self.head_dim
+        sliding = (self.layers + 1) // 2  # the first and every other
+        seen = (self.layers - sliding) * length + sliding * seen_twice(length, self.sliding_window)
+        return 2 * self.parameters + 2 * seen * self.heads * self.head_dim
 
-    def build(self, seed: int) -> "Gemma2ForCausalLM":
+    def first(self, layers: int) -> Self:
+        """The blocks up to there, without the head."""
+        return self.model_copy(update={"layers": layers, "vocab_size": 0})
+
+    def build(self, seed: int) -> "PreTrainedModel":
         """Randomly initialised from its own generator; the same on every machine and whatever was drawn before."""
-        import torch
-        from transformers import Gemma2Config, Gemma2ForCausalLM
+        from transformers import Gemma2Config
+
+        from undo.models import fresh
 
         config = Gemma2Config(
             vocab_size=self.vocab_size,
@@ -100,8 +89,4 @@ class ReducedGemma2(Frozen):
             initializer_range=self.init_std,
             max_position_embeddings=max(8192, self.sliding_window),
         )
-        with torch.random.fork_rng():  # the library draws from the global generator
-            torch.manual_seed(seed)
-            model = Gemma2ForCausalLM(config)
-        model.set_attn_implementation("eager")  # the only one with a softcap on every device
-        return model
+        return fresh(config, seed)

@@ -32,6 +32,7 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, Final, Self
 
 from omegaconf import OmegaConf
+from pydantic import ValidationError
 
 from undo.config import ConfigError, Raw, StageConfig, as_raw, differences, read_yaml
 from undo.tracking import open_tracker
@@ -118,7 +119,7 @@ class RunDirectory:
         """Make the folder this config's, or find that it is already. Raises ConfigError if it is another's."""
         wanted = as_raw(config)
         if (self.folder / "config.yaml").exists():
-            changed = differences(_without_execution(self.config), _without_execution(wanted))
+            changed = differences(_without_execution(_completed(self.config, config)), _without_execution(wanted))
             if changed:
                 more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
                 raise ConfigError(
@@ -334,6 +335,14 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _completed(old: Raw, config: StageConfig) -> Raw:
+    """A config as it was written, with the defaults of keys that did not exist yet: they are what was done then."""
+    try:
+        return as_raw(type(config).model_validate_json(json.dumps(old)))
+    except ValidationError:
+        return old
 
 
 def _without_execution(raw: Raw) -> Raw:

@@ -1,9 +1,10 @@
 """What the stages that train have in common: the rest of their config, and the way from a model to a finished run."""
 
 import fcntl
+import importlib.util
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,13 +15,13 @@ from pydantic import Field
 from undo.config import ROLES, ConfigError, Mixture, Role, RunName, StageConfig, Training, as_raw
 from undo.evaluate import Evaluation
 from undo.evaluate.evaluator import Measured
-from undo.prepare_models import ReducedGemma2
 from undo.run import Run, RunDirectory, digest, write_atomically
+from undo.shape import Shape
 from undo.tokens import MixedStream, TokenStore
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Gemma2ForCausalLM
+    from transformers import PreTrainedModel
 
     from undo.train import Objective, Step, Stop
 
@@ -51,12 +52,6 @@ class TrainingStage(StageConfig):
     def validated_on(self) -> RunName:
         return self.evaluation_data or self.data
 
-    def check(self) -> None:
-        try:
-            self.evaluation.check()
-        except ConfigError as error:
-            raise ConfigError(f"evaluation.{error}") from None
-
     def seed_for(self, concern: Concern) -> int:
         """Independent for each stage, concern and seed; the same for all runs of a stage that share the seed."""
         stage = zlib.crc32(type(self).__name__.encode())
@@ -67,9 +62,24 @@ class TrainingStage(StageConfig):
         """The batch's entries, and the mixture of roles behind each."""
         raise TypeError(f"{type(self).__name__} does not say which data it reads")
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+    def trains(self, parameter: str) -> bool:
+        """Whether the weight of this name is trained."""
+        return True
+
+    def flops_per_token(self, model: Shape, length: int) -> int:
         """Of one training step: forward and backward cost 3 forward passes; more where a second model runs along."""
         return 3 * model.forward_flops(length)
+
+    def check(self) -> None:
+        try:
+            self.evaluation.check()
+        except ConfigError as error:
+            raise ConfigError(f"evaluation.{error}") from None
+        if self.training.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"{self.name}: training.optimizer=adamw_8bit needs the library bitsandbytes, which is not installed\n"
+                f"get it with: uv sync --extra 8bit"
+            )
 
     def compiles(self, device: str) -> bool:
         """Compiling took 27 s on a CPU, for 1.4 times the demo's speed: it does not pay in a short run."""
@@ -84,7 +94,7 @@ class TrainingStage(StageConfig):
 def fit(
     cfg: TrainingStage,
     run: Run,
-    model: "Gemma2ForCausalLM",
+    model: "PreTrainedModel",
     objective: "Objective",
     *,
     starts_as: RunName | None = None,
@@ -96,11 +106,10 @@ def fit(
 
     `starts_as` names the run whose very model this is: its evaluation is made once for all runs that start from it.
     """
+    from undo.models import shape
     from undo.train import plain, train
 
-    data = run.sibling(cfg.data)
-    used = {role for mixture in cfg.streams().values() for role, share in mixture.items() if share > 0}
-    stores: dict[Role, TokenStore] = {role: open_store(data, role) for role in ROLES if role in used}
+    data, stores = run.sibling(cfg.data), open_stores(cfg, run)
     largest = max(store.vocab_size for store in stores.values())
     if largest > model.config.vocab_size:
         raise ConfigError(
@@ -131,10 +140,11 @@ def fit(
         stop=stop or (lambda _: False),
     )
     write_atomically(evaluation_file(run, cfg), json.dumps(outcome.evaluation))  # for those who start as this model
-    size = shape_of(model)
+    size = shape(model)
     return {
         "steps": outcome.steps,
         "tokens": outcome.tokens,
+        "tokens_per_second": outcome.tokens_per_second,
         "flops": cfg.flops_per_token(size, length) * outcome.tokens,
         "evaluation_flops": size.forward_flops(length) * outcome.evaluation_tokens,
         "parameters": size.parameters,
@@ -173,6 +183,39 @@ def evaluation_file(of: RunDirectory, cfg: TrainingStage) -> Path:
     return folder / f"{digest(how)}.json"
 
 
+def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen: Sequence[RunName] = ()) -> None:
+    """Raises ConfigError, before any weight is loaded, if training `model` beside the frozen ones cannot fit.
+
+    A run's model is known by its folder's config.json.
+    """
+    from undo import memory
+    from undo.models import shape, skeleton
+
+    trained = None
+    if isinstance(model, str):
+        empty = skeleton(run.sibling(model).model)
+        trained = sum(weight.numel() for name, weight in empty.named_parameters() if cfg.trains(name))
+        model = shape(empty)
+    available, device = memory.available(cfg.execution.runs_per_gpu)
+    memory.require(
+        available,
+        model,
+        cfg.training,
+        cfg.execution,
+        max(store.length for store in open_stores(cfg, run).values()),
+        frozen=[shape_of_parent(run, name) for name in frozen],
+        trained=trained,
+        streams=len(cfg.streams()),
+        device=device,
+    )
+
+
+def open_stores(cfg: TrainingStage, run: Run) -> dict[Role, TokenStore]:
+    """Of all roles that the run trains on."""
+    used = {role for mixture in cfg.streams().values() for role, share in mixture.items() if share > 0}
+    return {role: open_store(run.sibling(cfg.data), role) for role in ROLES if role in used}
+
+
 def open_store(data: RunDirectory, role: Role) -> TokenStore:
     """Raises ConfigError if the prepare run has no text for the role."""
     folder = data.folder / "train" / role
@@ -182,26 +225,35 @@ def open_store(data: RunDirectory, role: Role) -> TokenStore:
     return TokenStore(folder)
 
 
-def keep(model: "Gemma2ForCausalLM", cfg: TrainingStage, run: Run) -> None:
+def keep(model: "PreTrainedModel", cfg: TrainingStage, run: Run) -> None:
     """Save the model beside the tokenizer that its data was made with."""
     from undo.models import save
 
     save(model, run.sibling(cfg.data).folder / "tokenizer", run.model)
 
 
-def load_parent(run: Run, name: str) -> "Gemma2ForCausalLM":
+def load_parent(run: Run, name: str) -> "PreTrainedModel":
     """The model of another run, on this run's device, in fp32."""
     from undo.models import load
 
     return place(load(run.sibling(name).model), run)
 
 
-def shape_of_parent(run: Run, name: str) -> ReducedGemma2:
+def shape_of_parent(run: Run, name: str) -> Shape:
     """The shape of another run's model, without loading its weights."""
-    return ReducedGemma2.from_transformers(json.loads((run.sibling(name).model / "config.json").read_text()))
+    from undo.models import read_shape
+
+    return read_shape(run.sibling(name).model)
 
 
-def place(model: "Gemma2ForCausalLM", run: Run) -> "Gemma2ForCausalLM":
+def fresh_like(run: Run, name: str, seed: int) -> "PreTrainedModel":
+    """A random initialisation of another run's architecture, on this run's device."""
+    from undo.models import fresh, read_config
+
+    return place(fresh(read_config(run.sibling(name).model), seed), run)
+
+
+def place(model: "PreTrainedModel", run: Run) -> "PreTrainedModel":
     """The same model, on this process's device, compiled if the run's config says so."""
     from undo import models
     from undo.train import this_process
@@ -209,14 +261,10 @@ def place(model: "Gemma2ForCausalLM", run: Run) -> "Gemma2ForCausalLM":
     device, cfg = this_process().device, run.configured
     assert device is not None
     assert isinstance(cfg, TrainingStage)
-    return models.place(model, device, cfg.compiles(device.type))
+    return models.place(model, device, cfg.compiles(device.type), cfg.execution.gradient_checkpointing)
 
 
 def generator(seed: int) -> "torch.Generator":
     import torch
 
     return torch.Generator().manual_seed(seed)
-
-
-def shape_of(model: "Gemma2ForCausalLM") -> ReducedGemma2:
-    return ReducedGemma2.from_transformers(model.config.to_dict())

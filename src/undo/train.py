@@ -6,6 +6,7 @@ the whole batch. Evaluation stands at the top of the step, so initial, periodic 
 """
 
 import math
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
@@ -34,6 +35,7 @@ class Outcome:
     tokens: int
     evaluation_tokens: int
     evaluation: dict[str, float]
+    tokens_per_second: float | None = field(default=None, compare=False)  # of this process, evaluation left out
 
 
 class Gradient(Protocol):
@@ -102,9 +104,10 @@ def train(
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if not weights:
         raise ConfigError("no weight is trainable")
-    optimizer = torch.optim.AdamW(weights, cfg.learning_rate, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = _optimizer(weights, cfg)
     autocast = torch.autocast(devices.device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
-    done = _resume(run, model, optimizer, rng)
+    done = _resume(run, model, weights, optimizer, rng)
+    pace = _Pace()
     with run.saves_before_it_stops():
         while True:
             if cfg.evaluates(done.step) and done.evaluated != done.step:
@@ -115,10 +118,11 @@ def train(
             if done.step == cfg.steps:
                 break
             if run.stop_requested or (done.step > 0 and done.step % execution.checkpoint_every == 0):
-                run.save_checkpoint(_state(model, optimizer, rng), asdict(done))
+                run.save_checkpoint(_state(model, weights, optimizer, rng), asdict(done))
                 if run.stop_requested:
                     raise Interrupted
 
+            began = time.perf_counter()
             batch = {name: stream.batch(done.step) for name, stream in streams.items()}
             gradient = BatchGradient(
                 objective, batch, weights, done.step / cfg.steps, execution.micro_rows, devices, autocast
@@ -136,10 +140,38 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             done.step += 1
-            done.tokens += sum(tokens.input_ids.numel() for tokens in batch.values())
+            tokens = sum(tokens.input_ids.numel() for tokens in batch.values())
+            done.tokens += tokens
+            pace.took(time.perf_counter() - began, tokens)
             by_name = {f"loss/{name}": value for name, value in zip(terms, values, strict=True)}
             run.record(done.step, {"loss": sum(values), **by_name, "grad_norm": norm, "learning_rate": rate})
-    return Outcome(done.step, done.tokens, done.evaluation_tokens, done.evaluation)
+    return Outcome(done.step, done.tokens, done.evaluation_tokens, done.evaluation, pace.tokens_per_second)
+
+
+def _optimizer(weights: Sequence[nn.Parameter], cfg: Training) -> torch.optim.Optimizer:
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(weights, cfg.learning_rate, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+    from bitsandbytes.optim.adamw import AdamW8bit  # a stage's `check` has asked whether it is there
+
+    return AdamW8bit(weights, cfg.learning_rate, cfg.betas, weight_decay=cfg.weight_decay)
+
+
+@dataclass
+class _Pace:
+    """How fast this process trains. Its first step compiles and warms up, so it counts only if it is the only one."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+
+    def took(self, seconds: float, tokens: int) -> None:
+        if self.steps == 1:
+            self.seconds, self.tokens = 0.0, 0
+        self.steps, self.seconds, self.tokens = self.steps + 1, self.seconds + seconds, self.tokens + tokens
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.seconds if self.steps else None
 
 
 def _evaluate(evaluate: Evaluate, cfg: Training, done: "_Progress", autocast: torch.autocast, stop: Stop) -> bool:
@@ -206,14 +238,30 @@ class _Progress:
     evaluation_tokens: int = 0
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, rng: torch.Generator | None) -> dict[str, Tensor]:
+def _state(
+    model: nn.Module,
+    weights: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    rng: torch.Generator | None,
+) -> dict[str, Tensor]:
     state = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
-    for index, entries in optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{index}.{key}": value for key, value in entries.items()}
+    for index, weight in enumerate(weights):
+        for key, value in optimizer.state.get(weight, {}).items():
+            if not isinstance(value, Tensor):
+                value = torch.tensor(value)  # a count of steps
+            elif key.startswith("qmap"):
+                value = value.clone()  # what 8 bits stand for: one tensor of all weights, and a file holds none twice
+            state[f"optimizer.{index}.{key}"] = value
     return state if rng is None else state | {"rng": rng.get_state()}
 
 
-def _resume(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, rng: torch.Generator | None) -> _Progress:
+def _resume(
+    run: Run,
+    model: nn.Module,
+    weights: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    rng: torch.Generator | None,
+) -> _Progress:
     saved = run.load_checkpoint()
     if saved is None:
         return _Progress()
@@ -221,12 +269,11 @@ def _resume(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, rng: t
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(tensors[f"model.{name}"])
-    entries: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".")
-            entries.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
+            weight = weights[int(index)]
+            optimizer.state[weight][name] = value.item() if value.dtype == torch.int64 else value.to(weight.device)
     if rng is not None:
         rng.set_state(tensors["rng"])
     return _Progress(**progress)

@@ -20,7 +20,7 @@ from undo.tokens import IGNORE, Tokens, best_fit, collate
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Gemma2ForCausalLM, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Accuracy(EvaluationConfig):
@@ -41,7 +41,7 @@ class Accuracy(EvaluationConfig):
             for indices in self.split(len(problems))
         )
 
-        def measure(model: "Gemma2ForCausalLM", full: bool) -> Measured:
+        def measure(model: "PreTrainedModel", full: bool) -> Measured:
             right = np.ones(len(problems), dtype=bool)
             seen = np.zeros(len(problems), dtype=bool)
             batches = subset + rest if full else subset
@@ -98,7 +98,7 @@ def pack_answers(
         yield tokens, np.array(owner)
 
 
-def arg_max_hits(model: "Gemma2ForCausalLM", tokens: Tokens) -> np.ndarray:
+def arg_max_hits(model: "PreTrainedModel", tokens: Tokens) -> np.ndarray:
     """For each label, in order: is it the most likely token? bool [labels]."""
     from undo.losses import most_likely
     from undo.models import head, hidden_states

@@ -10,7 +10,7 @@ from undo.tokens import TokenStore
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Gemma2ForCausalLM
+    from transformers import PreTrainedModel
 
 
 class TokenCrossEntropy(EvaluationConfig):
@@ -42,7 +42,7 @@ class TokenCrossEntropy(EvaluationConfig):
         choices = self.choices.load(data, device) if self.choices is not None else None
         whole = sum(t.total for both in parts.values() for some in both for t in some)
 
-        def measure(model: "Gemma2ForCausalLM", full: bool) -> Measured:
+        def measure(model: "PreTrainedModel", full: bool) -> Measured:
             import torch
 
             from undo.losses import cross_entropy

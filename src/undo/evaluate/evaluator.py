@@ -10,7 +10,7 @@ from undo.run import RunDirectory
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Gemma2ForCausalLM
+    from transformers import PreTrainedModel
 
 
 SHARE: Final = "validation_share"  # how much of the set was used; stands beside the numbers of a subset
@@ -24,7 +24,7 @@ class Measured(NamedTuple):
 
 
 # Given the model, and whether to use the whole validation set or the config's fixed subset of it.
-Evaluator = Callable[["Gemma2ForCausalLM", bool], Measured]
+Evaluator = Callable[["PreTrainedModel", bool], Measured]
 
 
 class EvaluationConfig(Frozen):

@@ -23,7 +23,7 @@ from undo.run import RunDirectory
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Gemma2ForCausalLM
+    from transformers import PreTrainedModel
 
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 FORMATS: Final = (".parquet", ".jsonl", ".json")
@@ -125,7 +125,7 @@ class MultipleChoice(EvaluationConfig):
             parts[role] = asked, *self.split(len(asked))
         whole = sum(len(asked) for asked, _, _ in parts.values())
 
-        def measure(model: "Gemma2ForCausalLM", full: bool) -> Measured:
+        def measure(model: "PreTrainedModel", full: bool) -> Measured:
             values: dict[str, float] = {}
             tokens = seen = 0
             for asked, _, _ in parts.values():

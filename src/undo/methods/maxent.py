@@ -1,7 +1,7 @@
 from typing import ClassVar, Literal
 
 from undo.methods.method import Weighted
-from undo.prepare_models import ReducedGemma2
+from undo.shape import Shape
 
 
 class MaxEnt(Weighted):
@@ -45,5 +45,5 @@ class MaxEnt(Weighted):
             "retain": self.alpha * retain(batch["retain"]),
         }
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+    def flops_per_token(self, model: Shape, length: int) -> int:
         return round((3.5 if self.retain == "kl" else 3) * model.forward_flops(length))  # the reference on half of them

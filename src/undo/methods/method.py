@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from undo.config import Frozen, NonNegative
-from undo.prepare_models import ReducedGemma2
+from undo.shape import Shape
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Gemma2ForCausalLM
+    from transformers import PreTrainedModel
 
     from undo.train import Gradient, Gradients, Objective, Terms
 
@@ -51,7 +51,7 @@ class Method(Frozen):
         return ()
 
     def objective(
-        self, model: "Gemma2ForCausalLM", reference: "Gemma2ForCausalLM | None", rng: "torch.Generator"
+        self, model: "PreTrainedModel", reference: "PreTrainedModel | None", rng: "torch.Generator"
     ) -> "Objective":
         """A function from a batch with the roles `retain` and `forget` to named, weighted loss terms.
 
@@ -68,7 +68,7 @@ class Method(Frozen):
         """Whether the parameter of this name is trained."""
         return True
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+    def flops_per_token(self, model: Shape, length: int) -> int:
         """Of one step. The default: forward and backward through the whole model (3 forward passes)."""
         return 3 * model.forward_flops(length)
 
@@ -116,6 +116,6 @@ class OnBlocks(Method):
         match = re.search(r"\blayers\.(\d+)\.mlp\.down_proj\.", parameter)
         return match is not None and int(match[1]) in self.trained_layers
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
-        used = model.model_copy(update={"layers": self.layer + 1, "vocab_size": 0})  # nothing above, and no head
+    def flops_per_token(self, model: Shape, length: int) -> int:
+        used = model.first(self.layer + 1)  # nothing above, and no head
         return round(3.5 * used.forward_flops(length))  # forward and backward, and the reference on half the tokens

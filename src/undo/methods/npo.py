@@ -2,7 +2,7 @@ from typing import ClassVar, Literal
 
 from undo.config import NonNegative, Positive
 from undo.methods.method import Method
-from undo.prepare_models import ReducedGemma2
+from undo.shape import Shape
 
 
 class NPO(Method):
@@ -46,7 +46,7 @@ class NPO(Method):
 
         return terms
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+    def flops_per_token(self, model: Shape, length: int) -> int:
         return 4 * model.forward_flops(length)  # on half the tokens: the reference, and the head twice
 
 
@@ -88,5 +88,5 @@ class SimNPO(Method):
 
         return terms
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+    def flops_per_token(self, model: Shape, length: int) -> int:
         return round(3.5 * model.forward_flops(length))  # the head twice on half the tokens

@@ -2,7 +2,7 @@ from typing import ClassVar, Literal
 
 from undo.config import Count, NonNegative
 from undo.methods.on_top import OnTop
-from undo.prepare_models import ReducedGemma2
+from undo.shape import Shape
 
 
 class RepNoise(OnTop):
@@ -33,9 +33,10 @@ class RepNoise(OnTop):
 
         from undo.losses import of_documents
         from undo.methods.discrepancy import noise_distance
-        from undo.models import head, recorded
+        from undo.models import final_norm, head, recorded
 
         base = self.base.objective(model, reference, rng)
+        norm = final_norm(model)
         seed = int(torch.randint(2**62, (), generator=rng))
 
         def terms(batch):
@@ -46,7 +47,7 @@ class RepNoise(OnTop):
                 found["noise"] = self.noise_weight * noise / forget.documents
             if self.ascent_weight:
                 ascent = of_documents(
-                    [model.model.norm(block) for block in blocks],
+                    [norm(block) for block in blocks],
                     head(model),
                     forget,
                     lambda nll, length: torch.log1p((nll / length).mean(0)),
@@ -56,7 +57,7 @@ class RepNoise(OnTop):
 
         return terms
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
-        body, head = model.model_copy(update={"vocab_size": 0}).forward_flops(length), 2 * model.vocab_size
+    def flops_per_token(self, model: Shape, length: int) -> int:
+        body, head = model.first(model.layers).forward_flops(length), 2 * model.vocab_size
         own = 3 * body + 4 * model.layers * head * model.hidden_size
         return self.base.flops_per_token(model, length) + own // 2  # on half the tokens

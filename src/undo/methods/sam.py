@@ -2,7 +2,7 @@ from typing import ClassVar, Literal
 
 from undo.config import Count, NonNegative, Positive
 from undo.methods.on_top import OnTop
-from undo.prepare_models import ReducedGemma2
+from undo.shape import Shape
 
 
 class SAM(OnTop):
@@ -31,7 +31,7 @@ class SAM(OnTop):
             _, sharp = gradient(names)
         return terms, sharp if names is None else add(sharp, gradient(terms.keys() - set(names))[1])
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+    def flops_per_token(self, model: Shape, length: int) -> int:
         return (3 if self.ascent == "forget" else 2) * self.base.flops_per_token(model, length)
 
 
@@ -59,5 +59,5 @@ class Smoothing(OnTop):
         terms, others = gradient(terms.keys() - set(names))
         return terms, add(smooth, others)
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+    def flops_per_token(self, model: Shape, length: int) -> int:
         return (1 + self.samples) * self.base.flops_per_token(model, length)

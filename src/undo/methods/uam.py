@@ -4,7 +4,7 @@ from pydantic import Field, model_validator
 
 from undo.config import NonNegative, Positive
 from undo.methods.method import Method, OnBlocks
-from undo.prepare_models import ReducedGemma2
+from undo.shape import Shape
 
 
 class UAM(Method):
@@ -96,6 +96,6 @@ class UAM(Method):
             along = torch.clamp(along, min=0.0)
         return {**terms, "retain": at_w_hat["retain"]}, add(retain, direction, -self.gamma * along)
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+    def flops_per_token(self, model: Shape, length: int) -> int:
         once = Method.flops_per_token(self, model, length)
         return 2 * (self._blocks().flops_per_token(model, length) if self.loss == "representation" else once)

@@ -2,7 +2,7 @@ from typing import ClassVar, Literal
 
 from undo.config import NonNegative, Positive
 from undo.methods.method import Method
-from undo.prepare_models import ReducedGemma2
+from undo.shape import Shape
 
 
 class UNDIAL(Method):
@@ -35,5 +35,5 @@ class UNDIAL(Method):
 
         return terms
 
-    def flops_per_token(self, model: ReducedGemma2, length: int) -> int:
+    def flops_per_token(self, model: Shape, length: int) -> int:
         return round(3.5 * model.forward_flops(length))  # the teacher on half the tokens

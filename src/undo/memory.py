@@ -1,0 +1,222 @@
+"""What a training run takes of its device's memory, from the shape of its model and its config alone.
+
+Said before any weight is loaded, so that a model that is too large fails at once, with the keys that make it fit. The
+bytes of weights, gradients and optimiser states are counted; those of activations are fitted to what autograd was
+measured to keep of Llama, Qwen-3, Gemma-2 and Gemma-3 on a CPU (an upper bound of the four); what a GPU's kernels take
+is modelled. Five runs on a CPU peaked at 0.85 to 1.15 times the estimate; tests/test_memory.py holds one of them to a
+factor of 1.4. Not counted: what a step with second gradients (SAM, UAM) holds besides, some 8 bytes a trained weight.
+
+uv run python -m undo.memory        what fits on which card
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from undo.config import ConfigError, Execution, Training
+from undo.prepare_models import ReducedGemma2
+from undo.shape import CountedShape, Shape
+
+FP32: Final = 4  # bytes
+BF16: Final = 2
+STATE: Final = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256}  # bytes for each weight; 8 bits have two fp32 scales a block
+PROCESS: Final = {"cuda": 1 << 30, "cpu": 1 << 29}  # CUDA's context and kernels; Python and its libraries
+
+
+class Memory(NamedTuple):
+    """Bytes at the peak of a step."""
+
+    weights: float
+    frozen: float  # teacher or reference
+    gradients: float
+    optimizer: float
+    activations: float
+    loss: float
+    process: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+    def __str__(self) -> str:
+        parts = (f"{name} {value / 1e9:.1f}" for name, value in self._asdict().items() if value >= 5e7)
+        return f"{self.total / 1e9:.1f} GB ({', '.join(parts)})"
+
+
+def needed(
+    shape: Shape,
+    cfg: Training,
+    execution: Execution,
+    length: int,
+    *,
+    frozen: Sequence[Shape] = (),
+    trained: int | None = None,
+    streams: int = 1,
+    device: str = "cuda",
+) -> Memory:
+    """Memory of a run that trains `trained` weights (None: all) of a model on rows of `length` tokens.
+
+    frozen: the models that run along without a gradient. streams: entries of a batch, whose activations are held
+    together. device: cuda or cpu.
+    """
+    trained = shape.parameters if trained is None else trained
+    rows = min(execution.micro_rows or cfg.batch_rows, cfg.batch_rows)
+    tokens = rows * length * streams
+    mixed = cfg.precision == "bf16"
+    embedding = shape.vocab_size * shape.hidden_size
+    head_is_trained = trained > shape.body_parameters
+    casts = BF16 * (shape.body_parameters if mixed else 0)  # autocast keeps them from the forward to the backward pass
+    # The tied matrix has one gradient from the head and one from the embedding; micro-batches add both to a third.
+    more_gradients = (2 if rows < cfg.batch_rows else 1) * embedding if head_is_trained else 0
+    block = _activations(shape, length, mixed, device)
+    kept = FP32 * shape.hidden_size if execution.gradient_checkpointing else block
+    at_once = 2 * block  # of the block whose gradient is being formed: what it kept, and as much again in gradients
+    read = 4 * FP32 * shape.hidden_size  # embedded, normed, at the labels, and its gradient
+    others = max((2 * FP32 * (f.hidden_size + f.intermediate_size) for f in frozen), default=0)
+    return Memory(
+        weights=FP32 * shape.parameters + casts,
+        frozen=FP32 * sum(f.parameters for f in frozen),
+        gradients=FP32 * (trained + more_gradients),
+        optimizer=STATE[cfg.optimizer] * trained,
+        activations=tokens * (shape.layers * kept + at_once + read + others),
+        loss=_loss(shape, frozen, min(tokens // streams, rows * length), mixed, device),
+        process=PROCESS[device],
+    )
+
+
+def _activations(shape: Shape, length: int, mixed: bool, device: str) -> float:
+    """Bytes that one block keeps of one token for the backward pass."""
+    width = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
+    kept = 42 * shape.hidden_size + (8 if mixed else 16) * shape.intermediate_size + (6 if mixed else 8) * width
+    # a CPU's blocked attention keeps scores and weights, of three quarters of the keys in rows of two blocks
+    return kept + (6 * shape.heads * length if device == "cpu" else 8 * shape.heads)
+
+
+def _loss(shape: Shape, frozen: Sequence[Shape], tokens: int, mixed: bool, device: str) -> float:
+    """See losses.grid: logits of a chunk of tokens, once for each model that is read, and the head's casts."""
+    from_words = (1 << 29) if device == "cuda" else (1 << 25)
+    chunk = FP32 * shape.vocab_size * max(1, min(from_words // max(1, shape.vocab_size), tokens))
+    heads = [shape, *frozen]
+    casts = sum(BF16 * f.vocab_size * f.hidden_size for f in heads) if mixed else 0
+    return chunk * len(heads) + (chunk / 2 if device == "cuda" else 0) + casts
+
+
+class Option(NamedTuple):
+    """Keys that save memory, and the run with them."""
+
+    keys: str
+    memory: Memory
+
+
+def options(shape: Shape, cfg: Training, execution: Execution, length: int, **more: Any) -> Iterator[Option]:
+    """What can be changed about a run, that which costs least first: no result before speed, and 8 bits at the end."""
+    rows = min(execution.micro_rows or cfg.batch_rows, cfg.batch_rows)
+    fewer = []
+    while rows > 1:
+        rows //= 2
+        fewer.append(rows)
+    less = [{}, {"optimizer": "adamw_8bit"}] if cfg.optimizer == "adamw" else [{}]
+    for training in less:
+        for checkpointing in {execution.gradient_checkpointing: None, True: None}:
+            for micro_rows in [None, *fewer]:
+                changed: dict[str, object] = {} if micro_rows is None else {"micro_rows": micro_rows}
+                if checkpointing and not execution.gradient_checkpointing:
+                    changed["gradient_checkpointing"] = True
+                keys = [f"execution.{key}={str(value).lower()}" for key, value in changed.items()]
+                keys += [f"training.{key}={value}" for key, value in training.items()]
+                memory = needed(
+                    shape, cfg.model_copy(update=training), execution.model_copy(update=changed), length, **more
+                )
+                yield Option(" ".join(keys), memory)
+
+
+def require(available: float, shape: Shape, cfg: Training, execution: Execution, length: int, **more: Any) -> Memory:
+    """What the run needs. Raises ConfigError, with the keys that make it fit, where that is more than `available`."""
+    first, *others = options(shape, cfg, execution, length, **more)
+    if first.memory.total <= available:
+        return first.memory
+    fitting = next((option for option in others if option.memory.total <= available), None)
+    least = min(option.memory.total for option in (first, *others))
+    advice = (
+        f"it would fit with: {fitting.keys} ({fitting.memory.total / 1e9:.1f} GB)"
+        if fitting
+        else f"no key makes it fit (at least {least / 1e9:.1f} GB): take a larger device or a smaller model"
+    )
+    raise ConfigError(f"this run needs {first.memory}\nand has {available / 1e9:.1f} GB of memory; {advice}")
+
+
+def available(runs: int = 1) -> tuple[float, str]:
+    """Bytes of this process's device that one of `runs` that share it may take, and its kind: cuda or cpu."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[1] / runs, "cuda"
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # of a container
+        try:
+            limits.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return float(min(limits)), "cpu"
+
+
+# --- what fits where -----------------------------------------------------------------------------------------------
+
+
+def _gemma3(hidden: int, intermediate: int, layers: int, window: int) -> CountedShape:
+    """As in the config.json of google/gemma-3-*; the small ones have 4 heads of 256 and 1 for keys and values."""
+    block = hidden * 256 * (2 * 4 + 2) + 3 * hidden * intermediate + 4 * hidden + 2 * 256
+    return CountedShape(
+        layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        heads=4,
+        kv_heads=1,
+        head_dim=256,
+        vocab_size=262_144,
+        block_parameters=block,
+        other_parameters=hidden,
+        head_parameters=262_144 * hidden,
+        window=window,
+        sliding_layers=layers - layers // 6,
+    )
+
+
+MODELS: Final[dict[str, Shape]] = {
+    "gemma-3-270m": _gemma3(640, 2048, 18, 512),
+    "gemma-3-1b": _gemma3(1152, 6912, 26, 512),
+    "gemma-2-2b": ReducedGemma2(hidden_size=2304, intermediate_size=9216, layers=26, head_dim=256),
+}
+CARDS: Final = {24: 23.6, 40: 39.4, 80: 79.1, 141: 139.8}  # the GB of their names, and the GiB that CUDA reports
+
+
+def table(length: int = 1024, batch_rows: int = 8) -> str:
+    """Modelled: for each model and kind of run the least change to its config with which it fits on a card."""
+    cfg = Training(
+        steps=1, batch_rows=batch_rows, learning_rate=1e-5, evaluate_every=1, precision="bf16", warmup_steps=0
+    )
+    lines = [
+        f"bf16 autocast, fp32 weights, batches of {batch_rows} rows of {length} tokens; modelled, not measured",
+        f"{'model':14}{'run':32}{'as it is':>9}   " + "".join(f"{card:>3} GB{'':24}" for card in CARDS).rstrip(),
+    ]
+    for name, shape in MODELS.items():
+        for kind, frozen in (("finetuning", ()), ("with a teacher or reference", (shape,))):
+            found = list(options(shape, cfg, Execution(), length, frozen=frozen))
+            cells = []
+            for gib in CARDS.values():
+                fitting = next((option for option in found if option.memory.total <= gib * 2**30), None)
+                cells.append("does not fit" if fitting is None else _short(fitting.keys))
+            total = f"{found[0].memory.total / 1e9:.0f} GB"
+            lines.append(f"{name:14}{kind:32}{total:>9}   " + "".join(f"{cell:30}" for cell in cells).rstrip())
+    return "\n".join(lines)
+
+
+def _short(keys: str) -> str:
+    names = {"execution.gradient_checkpointing=true": "checkpointing", "training.optimizer=adamw_8bit": "8-bit"}
+    parts = [names.get(key, key.removeprefix("execution.").replace("micro_rows=", "rows ")) for key in keys.split()]
+    return ", ".join(parts) or "as it is"
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,86 @@
+"""What a model's shape says about its cost, before there is a model."""
+
+from typing import Protocol, Self
+
+from undo.config import Count, Frozen
+
+
+class Shape(Protocol):
+    """A causal language model in numbers: what training it takes in arithmetic and in memory follows from them."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def body_parameters(self) -> int:
+        """Everything but the embedding and the head."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """All of them, a matrix that is both embedding and head once."""
+        ...
+
+    def forward_flops(self, length: int) -> int:
+        """FLOPs of one forward pass per token in rows of `length`: 2 per weight, and causal attention."""
+        ...
+
+    def first(self, layers: int) -> Self:
+        """The blocks up to there, without the head."""
+        ...
+
+
+class CountedShape(Frozen):
+    """The Shape of any model, its parameters counted instead of derived. `undo.models` makes them."""
+
+    layers: Count
+    hidden_size: Count
+    intermediate_size: Count
+    heads: Count
+    kv_heads: Count
+    head_dim: Count
+    vocab_size: int
+    block_parameters: Count  # of one block
+    other_parameters: int = 0  # outside of blocks, embedding and head: the final norm, learned positions
+    head_parameters: int
+    embedding_parameters: int = 0  # 0: tied to the head
+    window: Count | None = None  # of the sliding layers
+    sliding_layers: int = 0
+
+    @property
+    def body_parameters(self) -> int:
+        return self.layers * self.block_parameters + self.other_parameters
+
+    @property
+    def parameters(self) -> int:
+        return self.body_parameters + self.head_parameters + self.embedding_parameters
+
+    def forward_flops(self, length: int) -> int:
+        weights = self.body_parameters + self.head_parameters  # an embedding that is no head is looked up
+        full = self.layers - self.sliding_layers
+        seen = full * length + self.sliding_layers * seen_twice(length, self.window)
+        return 2 * weights + 2 * seen * self.heads * self.head_dim
+
+    def first(self, layers: int) -> Self:
+        sliding = min(self.sliding_layers, layers)
+        update = {"layers": layers, "sliding_layers": sliding, "vocab_size": 0, "head_parameters": 0}
+        return self.model_copy(update=update | {"embedding_parameters": 0})
+
+
+def seen_twice(length: int, window: int | None) -> int:
+    """Twice the keys that a query of a row of `length` sees on average, causally and not beyond the window."""
+    if window is None or window >= length:
+        return length
+    return 2 * window - window * window // length
