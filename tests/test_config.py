@@ -1,5 +1,6 @@
 """From YAML and overrides to typed configs: what is read, what is refused, and with which words."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from run_pretrain import Pretrain
 from run_unlearn import Unlearn
 from undo.config import ConfigError, StageConfig, differences, expand, parse_overrides, read_yaml, validate
 from undo.experiment import STAGES, check, find_configs, plan, sources
+from undo.selection import FILE, RANKS
 
 DEMO = ROOT / "configs" / "demo"
 SETTINGS = sorted({path.parent for path in (ROOT / "configs").glob("*/*.yaml")})
@@ -33,6 +35,9 @@ def refusal(*overrides: str, stage: str = "pretrain") -> str:
 
 @pytest.mark.parametrize("folder", SETTINGS, ids=lambda p: p.name)
 def test_every_config_is_valid_and_every_parent_exists(folder, tmp_path):
+    ranks = dict.fromkeys(RANKS, {"alpha": 0.5, "learning_rate": 1e-3})  # where a setting's points come from a search
+    (tmp_path / folder.name).mkdir()
+    (tmp_path / folder.name / FILE).write_text(json.dumps({"maxent": ranks, "rmu": ranks}))
     planned = [
         run
         for name in STAGES

@@ -7,7 +7,7 @@ from conftest import ROOT
 from made_up import World
 
 import run_all
-from undo.claims import check
+from undo.claims import CLAIMS, check
 from undo.figures import FIGURES, draw
 from undo.report import report
 from undo.tables import compute, hyperparameters, unlearning_sweep
@@ -170,12 +170,14 @@ def test_the_report_holds_everything(world):
     assert "fig2: not drawn" in text
     assert "| relearn | 13 | 13.0 | 13000 | 13 | - | 1.00 |" in text
     assert "torch 2.15.0. Code: 012345678+." in text
-    assert text.count("| holds |") + text.count("| mixed |") + text.count("| fails |") + text.count("| not run |") == 9
+    assert text.count("| holds |") + text.count("| mixed |") + text.count("| fails |") + text.count(
+        "| not run |"
+    ) == len(CLAIMS)
 
 
-@pytest.mark.parametrize("folder", SETTINGS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [f for f in SETTINGS if f.name != "wmdp_small"], ids=lambda folder: folder.name)
 def test_the_committed_tables_are_those_of_the_configs(folder):
-    """Make them anew with: uv run run_all.py <setting> --tables > docs/settings/<setting>.md"""
+    """Those of wmdp_small depend on its search. Make them anew with: uv run run_all.py <setting> --tables > docs/settings/<setting>.md"""
     committed = ROOT / "docs/settings" / f"{folder.name}.md"
     assert committed.read_text() == hyperparameters(folder, run_all.STAGES)
 

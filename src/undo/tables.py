@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any, Final
 
 from undo.config import Raw, as_raw, expand, read_yaml, validate
-from undo.experiment import STAGES, Costs, plan, sources
+from undo.experiment import STAGES, Costs, plan, sources, with_points
 from undo.paper import (
     CHOSEN,
     COMPUTE_AT_ALPHA_08,
@@ -76,7 +76,7 @@ def hyperparameters(folder: Path, stages: Mapping[str, Stage]) -> str:
 
 def _variants(source: Path) -> Iterable[tuple[str, list[Raw]]]:
     """The variants of a YAML, "undo_{noise.alpha}" as "undo_*", each with its runs."""
-    raw = read_yaml(source)
+    raw = with_points(read_yaml(source), {}, Path("runs") / source.parent.name)
     for variant, changes in (raw.get("variants") or {raw.get("variant", "all"): {}}).items():
         label = "".join("*" + part.partition("}")[2] if i else part for i, part in enumerate(variant.split("{")))
         yield label, expand({**raw, "variants": {variant: changes}}, {}, str(source))
