@@ -35,7 +35,7 @@ def refusal(*overrides: str, stage: str = "pretrain") -> str:
 
 @pytest.mark.parametrize("folder", SETTINGS, ids=lambda p: p.name)
 def test_every_config_is_valid_and_every_parent_exists(folder, tmp_path):
-    ranks = dict.fromkeys(RANKS, {"alpha": 0.5, "learning_rate": 1e-3})  # where a setting's points come from a search
+    ranks = {rank: {"alpha": 0.5, "learning_rate": 1e-3} for rank in RANKS}  # as if a search had chosen them
     (tmp_path / folder.name).mkdir()
     (tmp_path / folder.name / FILE).write_text(json.dumps({"maxent": ranks, "rmu": ranks}))
     planned = [

@@ -177,7 +177,10 @@ def test_the_report_holds_everything(world):
 
 @pytest.mark.parametrize("folder", [f for f in SETTINGS if f.name != "wmdp_small"], ids=lambda folder: folder.name)
 def test_the_committed_tables_are_those_of_the_configs(folder):
-    """Those of wmdp_small depend on its search. Make them anew with: uv run run_all.py <setting> --tables > docs/settings/<setting>.md"""
+    """Those of wmdp_small depend on its search.
+
+    Make them anew with: uv run run_all.py <setting> --tables > docs/settings/<setting>.md
+    """
     committed = ROOT / "docs/settings" / f"{folder.name}.md"
     assert committed.read_text() == hyperparameters(folder, run_all.STAGES)
 
