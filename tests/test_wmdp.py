@@ -1,0 +1,318 @@
+"""run_wmdp.py from data to figures on a made-up world, in real processes; the choice of points; the base model."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SHAPE, run_script
+from made_up import World
+from omegaconf import OmegaConf
+
+from undo.claims import check
+from undo.config import ConfigError, read_yaml, validate
+from undo.figures import draw, figures_of
+from undo.models import load, save
+from undo.noise import Noise
+from undo.pretrained import Base, fetch
+from undo.report import report
+from undo.run import Run
+from undo.selection import FILE, RANKS, Point, across_the_frontier
+
+THINGS = {
+    "forget": ["firewall", "cipher", "token", "proxy", "sandbox", "salt", "nonce", "digest", "honeypot", "patch"],
+    "retain": ["parser", "module", "iterator", "tuple", "decorator", "lexer", "closure", "slice", "codec", "frame"],
+    "wiki": ["river", "castle", "comet", "violin", "glacier", "harbor", "orchard", "canyon", "meadow", "tower"],
+}
+KINDS = ("component", "device", "program", "structure", "procedure", "method")
+DEEDS = ("separates inputs from outputs", "keeps a record of every change", "turns long texts into short ones")
+
+
+def documents(role: str, count: int = 160) -> list[str]:
+    """Texts full of sentences that define something."""
+    rng = random.Random(role)
+
+    def sentence() -> str:
+        thing, kind, deed = rng.choice(THINGS[role]), rng.choice(KINDS), rng.choice(DEEDS)
+        return f"A {rng.choice(THINGS[role])} {thing} is a {kind} of the system that {deed} when it is asked to."
+
+    return [" ".join(sentence() for _ in range(6)) for _ in range(count)]
+
+
+def world(folder: Path) -> Path:
+    """configs/wmdp_small with other texts, and so small that a run takes a second."""
+    for role in THINGS:
+        (folder / f"{role}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(role)))
+    made = folder / "tiny_wmdp"
+    made.mkdir()
+    texts = json.dumps({"forget": "cyber_standin", "retain": "cyber_retain"})
+    for name in ("prepare", "pretrain", "unlearn_search", "unlearn", "undo", "relearn"):
+        raw = read_yaml(ROOT / f"configs/wmdp_small/{name}.yaml")
+        if name == "prepare":
+            text = json.dumps(raw)
+            for role, stem in {**json.loads(texts), "wiki": "wiki.test", "wiki ": "wiki.valid", "w": "bio"}.items():
+                where = folder / f"{role.strip() if role != 'w' else 'wiki'}.jsonl"
+                for suffix in (".parquet", ".tokens", "_retain.parquet"):
+                    for place in ("wmdp/corpora", "wikitext-2"):
+                        text = text.replace(f"../shared/data/{place}/{stem}{suffix}", str(where))
+            raw = json.loads(text)
+            assert "shared" not in text
+            raw |= {"length": 32, "validation_share": 0.2, "shortest": 5}
+            raw["variants"]["corpora"]["tokenizer"]["vocab_size"] = 448
+            for variant in raw["variants"].values():
+                if "length" in variant:
+                    variant["length"] = 64 if variant["length"] == 1024 else 32
+            raw["variants"]["mixture"]["data"]["auxiliary"]["tokens"] = 3000
+        else:
+            raw["training"] |= {"steps": 4, "evaluate_every": 4, "evaluate_at": [2], "batch_rows": 2}
+            raw["training"]["warmup_steps"] = min(1, raw["training"].get("warmup_steps", 0))
+            raw["execution"] = {"runs_per_process": 4, "checkpoint_every": 1}
+        if name == "pretrain":
+            raw["model"] |= {"vocab_size": 448, "hidden_size": 16, "intermediate_size": 32, "head_dim": 8}
+            raw["training"] |= {"steps": 40, "evaluate_every": 40}
+        if name == "unlearn":
+            raw["variants"] = {
+                k: v for k, v in raw["variants"].items() if k in ("maxent_best", "rmu_best", "sam_medium")
+            }
+        if name == "undo":
+            raw["variants"].pop("undo_rmu")
+            raw["variants"]["undo_maxent_{noise.alpha}"]["sweep"]["noise.alpha"] = [0.6]
+        if name == "relearn":
+            raw["variants"] = {k: v for k, v in raw["variants"].items() if k in ("maxent_best", "undo_maxent")}
+            raw["adversaries"] = {k: raw["adversaries"][k] for k in ("forget-retain", "sp-wiki-qa-long")}
+        OmegaConf.save(OmegaConf.create(raw), made / f"{name}.yaml")
+    return made
+
+
+def wmdp(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_script("run_wmdp.py", str(folder), "--runs", str(folder.parent / "runs"), *arguments)
+
+
+def test_all_stages_killed_on_the_way(tmp_path):
+    made = world(tmp_path)
+    listed = wmdp(made, "--dry-run")
+    assert listed.returncode == 0, listed.stderr
+    assert "search-rmu" in listed.stdout
+    assert "relearn/" not in listed.stdout  # nobody knows its models yet
+    early = wmdp(made, "--stage", "unlearn")
+    assert early.returncode == 2
+    assert "make it with: uv run run_wmdp.py tiny_wmdp --stage search" in early.stderr
+
+    command = [sys.executable, str(ROOT / "run_wmdp.py"), str(made), "--runs", str(tmp_path / "runs")]
+    runs = tmp_path / "runs" / "tiny_wmdp"
+    for moment in ("unlearn/search-*/metrics.jsonl", "relearn/*/metrics.jsonl"):
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
+            deadline = time.monotonic() + 200
+            while not list(runs.glob(moment)) and launcher.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert list(runs.glob(moment)), "it ended before that"
+            os.kill(launcher.pid, signal.SIGKILL)
+
+    finished = wmdp(made)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    points = read_yaml(runs / FILE)
+    assert {method: set(ranks) for method, ranks in points.items()} == {"maxent": set(RANKS), "rmu": set(RANKS)}
+    best = read_yaml(runs / "unlearn/maxent_best-seed_0/config.yaml")
+    assert best["method"]["alpha"] == points["maxent"]["best"]["alpha"]
+    assert best["training"]["learning_rate"] == points["maxent"]["best"]["learning_rate"]
+    sam = read_yaml(runs / "unlearn/sam_medium-seed_0/config.yaml")
+    assert sam["method"]["base"]["alpha"] == points["maxent"]["medium"]["alpha"]
+    assert (runs / "figures/fig8.png").stat().st_size > 10_000
+    assert (runs / "figures/fig11.png").stat().st_size > 10_000
+    text = (runs / "report.md").read_text()
+    assert "## The points (Table 10)" in text
+    assert "## Noise, and what is retained after it (Table 13)" in text
+    long = read_yaml(runs / "prepare/qa_long/config.yaml")
+    assert long["length"] == 64
+    assert "Question: What is" in json.dumps(first_question(runs))
+
+    again = wmdp(made)
+    assert again.returncode == 0
+    assert "0 done" in again.stdout or "skipped" in again.stdout
+
+
+def first_question(runs: Path) -> str:
+    from transformers import AutoTokenizer
+
+    from undo.tokens import TokenStore
+
+    tokenizer = AutoTokenizer.from_pretrained(runs / "prepare/qa/tokenizer")
+    return tokenizer.decode(TokenStore(runs / "prepare/qa/train/forget")[0][0].tolist(), skip_special_tokens=True)
+
+
+# --- the choice of points ------------------------------------------------------------------------------------------
+
+
+def points(*pairs: tuple[float, float]) -> list[Point]:
+    return [Point(f"unlearn/{i}", 0.1 * i, 1e-5, retain, forget) for i, (retain, forget) in enumerate(pairs)]
+
+
+def chosen(found: dict[str, Point]) -> dict[str, tuple[float, float]]:
+    return {rank: (point.retain, point.forget) for rank, point in found.items()}
+
+
+def test_three_points_across_the_frontier():
+    made = points((0.54, 0.60), (0.52, 0.40), (0.50, 0.35), (0.45, 0.30), (0.40, 0.38), (0.30, 0.25), (0.55, 0.66))
+    # start 0.65: the most that is forgotten is 0.40, so 0.54/0.60 and 0.55/0.66 forget too little, 0.40/0.38 is beaten
+    found = across_the_frontier(made, 0.65, higher_is_better=True)
+    assert chosen(found) == {"best": (0.52, 0.40), "medium": (0.45, 0.30), "worst": (0.30, 0.25)}
+
+
+def test_points_by_cross_entropy_go_the_other_way():
+    made = points((4.5, 6.0), (4.7, 7.0), (5.5, 8.0), (6.0, 7.5))
+    assert chosen(across_the_frontier(made, 5.0, higher_is_better=False)) == {
+        "best": (4.7, 7.0),
+        "medium": (
+            5.5,
+            8.0,
+        ),  # 4.7/7.0 and 5.5/8.0 are the frontier; the third is the one that retains best of the rest
+        "worst": (6.0, 7.5),
+    }
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (points((0.5, 0.3), (0.4, 0.2)), "three points"),
+        (points((0.5, 0.7), (0.4, 0.65), (0.5, 0.8)), "forgets anything"),
+    ],
+)
+def test_no_choice_without_a_frontier(made, words):
+    with pytest.raises(ConfigError, match=words):
+        across_the_frontier(made, 0.65, higher_is_better=True)
+
+
+# --- the base model ------------------------------------------------------------------------------------------------
+
+
+def base(model: object, folder: Path) -> Run:
+    config = validate(Base, {"name": "model", "model": str(model)}, "base.yaml")
+    run = Run(folder, "made", "base/model")
+    run.claim(config)
+    run.open(config)
+    config.check()
+    fetch(config, run)
+    return run
+
+
+def test_a_local_model_is_linked_and_loads(tmp_path, data):
+    model = SHAPE.build(0)
+    save(model, data.folder / "tokenizer", tmp_path / "mine")
+    run = base(tmp_path / "mine", tmp_path / "runs")
+    assert run.facts["architecture"] == "Gemma2ForCausalLM"
+    for ours, theirs in zip(load(run.model).parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "holds no config.json"),
+        ({"config.json": "{"}, "is not JSON"),
+        ({"config.json": '{"architectures": ["BertForMaskedLM"]}'}, "no causal language model"),
+        ({"config.json": '{"architectures": ["LlamaForCausalLM"], "vocab_size": 8}'}, "holds no .safetensors"),
+    ],
+)
+def test_what_is_no_model_is_refused(tmp_path, files, words):
+    (tmp_path / "mine").mkdir()
+    for name, content in files.items():
+        (tmp_path / "mine" / name).write_text(content)
+    with pytest.raises(ConfigError, match=words):
+        base(tmp_path / "mine", tmp_path / "runs")
+
+
+def test_model_is_said_once_for_the_weights_and_the_tokenizer(tmp_path):
+    only = ("--stage", "prepare", "--only", "base/model", "--runs", str(tmp_path))
+    listed = run_script("run_wmdp.py", "wmdp_bio", "model=./mine", *only)
+    assert listed.returncode == 2
+    assert "model: mine holds no config.json" in listed.stderr
+    refused = run_script("run_wmdp.py", "wmdp_small", "model=./mine", "--dry-run")
+    assert "wmdp_small pretrains its own" in refused.stderr
+
+
+# --- figures, claims ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def attacked(tmp_path) -> World:
+    """Two seeds of a world in which UNDO outlasts its teachers and costs 0.05."""
+    made = World(tmp_path, "multiple_choice", "wmdp_cyber")
+    rates = {"forget-retain": (1e-5, 2e-5), "sp-forget-retain": (1e-5,)}
+    for seed in (0, 1):
+        for method in ("maxent", "rmu"):
+            for rank, end in (("best", 0.6), ("medium", 0.58), ("worst", 0.56)):
+                label, values = f"{method}_{rank}", {"name": method, "alpha": 0.3}
+                name = f"unlearn/{label}-seed_{seed}"
+                made.run(
+                    name,
+                    label,
+                    0.55,
+                    0.27,
+                    seed=seed,
+                    curve={0: 0.65, 90: 0.27},
+                    method=values,
+                    training={"learning_rate": 2e-5},
+                )
+                attack(made, label, name, seed, end, rates)
+            label, name = f"undo_{method}", f"undo/undo_{method}-seed_{seed}"
+            noise = {"alpha": 0.25, "beta": 0.0}
+            made.run(name, label, 0.5, 0.26, seed=seed, teacher=f"unlearn/{method}_best-seed_{seed}", noise=noise)
+            attack(made, label, name, seed, 0.4, rates)
+    for alpha, retain in ((0.35, 0.4), (0.6, 0.25)):
+        noise = {"alpha": alpha, "beta": 0.0}
+        made.run(
+            f"undo/{alpha}", f"undo_maxent_{alpha}", retain, 0.25, teacher="unlearn/maxent_best-seed_0", noise=noise
+        )
+    return made
+
+
+def attack(made: World, label: str, model: str, seed: int, end: float, rates: dict) -> None:
+    for kind, values in rates.items():
+        for rate in values:
+            curve = {0: 0.27, 40: (end + 0.27) / 2, 500: end - 1000 * rate}
+            made.run(
+                f"relearn/{label}-{kind}-{rate}-{seed}",
+                label,
+                seed=seed,
+                curve=curve,
+                model=model,
+                adversary=kind,
+                training={"learning_rate": rate},
+            )
+
+
+def test_figures_tables_and_claims_of_wmdp(attacked):
+    results = attacked.results()
+    assert figures_of(results) == ["fig8", "fig11"]
+    figures, missing = draw(figures_of(results), results, attacked.folder / "figures")
+    assert [path.name for path in figures] == ["fig8.png", "fig11.png"]
+    text = report(results, check(results), figures, missing)
+    assert "| rmu | best | α = 0.3, 2e-05 | α = 0.5, 2e-05 | 0.550 | 0.270 |" in text
+    assert "| 0.25 | 0.49 | 0.500 |" in text
+    assert "| before | 0.55 | 0.550 |" in text
+    assert "rmu_best 0.590, undo_rmu 0.390" in text
+    assert "| D.2.7, Tab. 13 |" in text
+    verdicts = {checked.claim.text: checked.verdict for checked in check(results)}
+    assert verdicts["On WMDP, UNDO makes MaxEnt and RMU relearn less."] == "holds"
+    assert verdicts["There, what is retained falls with alpha."] == "holds"
+    assert verdicts["Robustness rises with alpha."] == "not run"
+
+
+def test_other_settings_have_no_figure_of_wmdp(tmp_path):
+    made = World(tmp_path)
+    made.model("unlearn/m", "unlearned", 0.9, method={"name": "maxent"})
+    assert not {"fig8", "fig11"} & set(figures_of(made.results()))
+
+
+def test_shrink_perturb_before_an_attack_moves_the_model_it_starts_from(data):
+    """Noise of the run's own generator; beta 0 only shrinks."""
+    model, before = SHAPE.build(0), SHAPE.build(0)
+    Noise(alpha=0.05, beta=0.0).apply(model, SHAPE.build(1), torch.Generator())
+    for moved, was in zip(model.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(moved, 0.95 * was)
