@@ -117,3 +117,83 @@ def test_a_text_without_blank_lines_is_cut_into_documents(tmp_path):
     (tmp_path / "a.txt").write_text("a line of text\n" * 200_000)
     texts = list(read(tmp_path / "a.txt", "text"))
     assert [len(text) for text in texts] == [1_000_005, 1_000_005, 999_990]
+
+
+def corpus(folder, name, size, count):
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{name}{i:04d} ".ljust(size, name)}) + "\n" for i in range(count)))
+    return str(file)
+
+
+def test_parts_are_blended_by_their_proportion_of_characters(tmp_path):
+    parts = {
+        "a": {"path": corpus(tmp_path, "a", 100, 400), "proportion": 0.7},
+        "b": {"path": corpus(tmp_path, "b", 30, 2000), "proportion": 0.25},
+        "c": {"path": corpus(tmp_path, "c", 500, 30), "proportion": 0.05},
+    }
+    texts = list(validate(Source, {"parts": parts}, "made.yaml").texts())
+    total = sum(map(len, texts))
+    for name, part in parts.items():
+        mine = [text for text in texts if text.startswith(name)]
+        assert sum(map(len, mine)) / total == pytest.approx(part["proportion"], abs=0.01)
+        assert mine == sorted(mine)  # in order, none twice: without a limit the blend ends where a part ends
+        assert len(set(mine)) == len(mine)
+    half = texts[: len(texts) // 2]  # the proportions hold everywhere, not only at the end
+    assert sum(len(t) for t in half if t[0] == "a") / sum(map(len, half)) == pytest.approx(0.7, abs=0.03)
+
+
+def test_a_part_that_is_exhausted_starts_over_where_there_is_a_limit(tmp_path, capsys):
+    parts = {
+        "a": {"path": corpus(tmp_path, "a", 10, 3), "proportion": 0.5},
+        "b": {"path": corpus(tmp_path, "b", 10, 100), "proportion": 0.5},
+    }
+    texts = list(validate(Source, {"parts": parts, "documents": 20}, "made.yaml").texts())
+    assert [t[:5] for t in texts if t[0] == "a"] == [f"a000{i % 3}" for i in range(10)]
+    assert "a: all of it was read; it starts over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"b": {"hub": "x/y", "proportion": 0.4}}, r"add up to 0\.9, not to 1; .* renormalise: true"),
+        ({"b": {"proportion": 0.5}}, "give `path`, a file or a glob, or `hub`"),
+        ({"b": {"hub": "x/y"}}, "proportion"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changes, words):
+    parts = {"a": {"hub": "x/z", "proportion": 0.5}, **changes}
+    with pytest.raises(ConfigError, match=words):
+        validate(Source, {"parts": parts}, "made.yaml")
+
+
+def test_a_missing_part_is_made_up_for_only_on_request(tmp_path):
+    parts = {
+        "a": {"path": corpus(tmp_path, "a", 10, 60), "proportion": 0.6},
+        "b": {"path": corpus(tmp_path, "b", 10, 60), "proportion": 0.2},
+        "gone": {"proportion": 0.0},
+    }
+    texts = list(validate(Source, {"parts": parts, "renormalise": True}, "made.yaml").texts())
+    assert sum(t[0] == "a" for t in texts) / len(texts) == pytest.approx(0.75, abs=0.02)
+    with pytest.raises(ConfigError, match="`path` and `hub` belong to each"):
+        validate(Source, {"parts": parts, "renormalise": True, "hub": "x/y"}, "made.yaml")
+
+
+def test_columns_are_joined(tmp_path):
+    for suffix, write_it in ((".jsonl", None), (".parquet", parquet)):
+        file = tmp_path / f"pairs{suffix}"
+        rows = [{"instruction": "Say it.", "response": "It."}]
+        if write_it is None:
+            file.write_text(json.dumps(rows[0]) + "\n")
+        else:
+            parquet.write_table(pa.Table.from_pylist(rows), file)
+        source = validate(Source, {"path": str(file), "column": ["instruction", "response"]}, "made.yaml")
+        assert list(source.texts()) == ["Say it.\n\nIt."]
+        with pytest.raises(ConfigError, match="has no column 'answer'"):
+            list(validate(Source, {"path": str(file), "column": ["instruction", "answer"]}, "made.yaml").texts())
+
+
+def test_questions_are_made_of_the_documents(tmp_path):
+    file = tmp_path / "guide.txt"
+    file.write_text("A packet firewall is a device that filters traffic by rules. It is old.\n")
+    (text,) = Source(path=str(file), questions="definitions").texts()
+    assert text.startswith("Question: What is a packet firewall?\nAnswer: A packet firewall is a device that filters")
