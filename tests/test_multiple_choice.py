@@ -484,3 +484,16 @@ def test_tasks_that_the_harness_knows(files, tokenizer, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(ConfigError, match="the data of zero cannot be had"):
         build(Questions(task="zero"))
+
+
+def test_some_subjects_of_a_file_that_has_more(tmp_path):
+    rows = [
+        {"question": f"{s} {i}?", "choices": ["a", "b"], "answer": 0, "subject": s} for s in "xyz" for i in range(4)
+    ]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = Questions(path=str(tmp_path / "all.jsonl"), subjects=("z", "x")).by_subject()
+    assert {subject: len(questions) for subject, (questions, _) in asked.items()} == {"z": 4, "x": 4}
+    with pytest.raises(ConfigError, match="holds no question on 'w'; it has x, y, z"):
+        Questions(path=str(tmp_path / "all.jsonl"), subjects=("w",)).check()
+    with pytest.raises(ValueError, match="go with `path`"):
+        Questions(task="mmlu", subjects=("x",))

@@ -11,7 +11,7 @@ from undo.claims import HEADER, Checked, as_rows
 from undo.display import si
 from undo.experiment import STAGES
 from undo.results import COLUMNS, Result, Results, as_text
-from undo.tables import after_noise, compute, markdown, points, unlearning_sweep
+from undo.tables import after_noise, choices, compute, markdown, points, unlearning_sweep
 
 
 def report(results: Results, checked: Sequence[Checked], figures: Iterable[Path], missing: Iterable[str]) -> str:
@@ -34,6 +34,8 @@ def report(results: Results, checked: Sequence[Checked], figures: Iterable[Path]
         parts += ["## Unlearning, before and after (Appendix B.1)\n", sweep]
     if chosen := points(results):
         parts += ["## The points (Table 10)\n", chosen]
+    if asked := choices(results):
+        parts += ["## Multiple choice, by the lm-evaluation-harness (D.2.1)\n", asked]
     if noised := after_noise(results):
         parts += ["## Noise, and what is retained after it (Table 13)\n", noised]
     if beside := compute(results):

@@ -177,6 +177,29 @@ def points(results: Results) -> str | None:
     return markdown(header, [*([("before", "", "", "", *start)] if start else []), *rows]) if rows else None
 
 
+def choices(results: Results) -> str | None:
+    """Multiple choice: accuracy with its 95 % interval beside chance, and the letter that a model says most often."""
+    rows = []
+    for run in [*results.of("pretrain"), *results.of("unlearn"), *results.of("undo")]:
+        found = run.facts["evaluation"]
+        prefix = "accuracy/" if "accuracy/retain/chance" in found else ""
+        if f"{prefix}retain/chance" not in found:
+            continue
+        cells = []
+        for role in ("retain", "forget"):
+            of = {
+                key.removeprefix(f"{prefix}{role}/"): v
+                for key, v in found.items()
+                if key.startswith(f"{prefix}{role}/")
+            }
+            letter = max((key for key in of if key.startswith("says_")), key=lambda key: of[key])
+            interval = f"{found[prefix + role]:.3f} ({of['low']:.3f} to {of['high']:.3f})"
+            cells += [interval, f"{of['chance']:.3f}", f"{letter.removeprefix('says_')}: {of[letter]:.0%}"]
+        rows.append((run.config["variant"], str(run.seed), *cells))
+    header = ("model", "seed", "retain", "chance", "says", "forget", "chance", "says")
+    return markdown(header, rows) if rows else None
+
+
 def after_noise(results: Results) -> str | None:
     """Table 13: alpha against the retain performance after distillation, beta 0; MaxEnt's student of the first seed."""
     runs = [run for run in results.of("undo") if run.config["variant"].startswith("undo_maxent")]

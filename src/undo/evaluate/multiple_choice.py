@@ -45,6 +45,7 @@ class Questions(Frozen):
     task: str | None = None  # a name that the harness knows: mmlu, wmdp_bio, ...
     path: str | None = None  # a file or a glob, .parquet, .jsonl or .json: question, choices, answer (index), [subject]
     subject: str | None = None  # of all questions of a file that has no such column; it stands in the prompt
+    subjects: tuple[str, ...] | None = None  # of a file that has more of them: only these
     shots: Annotated[int, Field(ge=0)] = 0  # solved examples before each question; 0: as the task has it
     shots_path: str | None = None  # where they come from: the first ones of the question's subject, in order
     share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of each subject, drawn at random; the authors take the first
@@ -54,8 +55,8 @@ class Questions(Frozen):
     def _one_source(self) -> Self:
         if (self.task is None) == (self.path is None):
             raise ValueError("give one of `task` (a name that the harness knows) and `path` (your own file), not both")
-        if self.task is not None and (self.shots_path is not None or self.subject is not None):
-            raise ValueError("`shots_path` and `subject` go with `path`; a task brings its own")
+        if self.task is not None and (self.shots_path or self.subject or self.subjects):
+            raise ValueError("`shots_path`, `subject` and `subjects` go with `path`; a task brings its own")
         if self.path is not None and self.shots > 0 and self.shots_path is None:
             raise ValueError(f"{self.shots} shots need `shots_path`, the file to take them from")
         return self
@@ -69,6 +70,11 @@ class Questions(Frozen):
         """The sample of the questions, and the shots before each of them, by subject. Only for a `path`."""
         assert self.path is not None
         groups = _by_subject(read(self.path, self.subject))
+        if self.subjects is not None:
+            for subject in self.subjects:
+                if subject not in groups:
+                    raise ConfigError(f"{self.path}: holds no question on {subject!r}; it has {', '.join(groups)}")
+            groups = {subject: groups[subject] for subject in self.subjects}
         shots: dict[str, list[Question]] = {}
         if self.shots:
             assert self.shots_path is not None
