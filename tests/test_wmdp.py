@@ -45,6 +45,13 @@ def documents(role: str, count: int = 160) -> list[str]:
     return [" ".join(sentence() for _ in range(6)) for _ in range(count)]
 
 
+def questions(folder: Path) -> Path:
+    file, choices = folder / "questions.jsonl", ["a", "b", "c", "d"]
+    rows = [{"question": f"What is a {thing}?", "choices": choices, "answer": 1} for thing in THINGS["forget"]]
+    file.write_text("".join(json.dumps({**row, "subject": "things"}) + "\n" for row in rows))
+    return file
+
+
 def world(folder: Path) -> Path:
     """configs/wmdp_small with other texts, and so small that a run takes a second."""
     for role in THINGS:
@@ -70,6 +77,8 @@ def world(folder: Path) -> Path:
                     variant["length"] = 64 if variant["length"] == 1024 else 32
             raw["variants"]["mixture"]["data"]["auxiliary"]["tokens"] = 3000
         else:
+            if "choices" in raw["evaluation"]:
+                raw["evaluation"]["choices"] = dict.fromkeys(("retain", "forget"), {"path": str(questions(folder))})
             raw["training"] |= {"steps": 4, "evaluate_every": 4, "evaluate_at": [2], "batch_rows": 2}
             raw["training"]["warmup_steps"] = min(1, raw["training"].get("warmup_steps", 0))
             raw["execution"] = {"runs_per_process": 4, "checkpoint_every": 1}
@@ -127,6 +136,7 @@ def test_all_stages_killed_on_the_way(tmp_path):
     assert (runs / "figures/fig11.png").stat().st_size > 10_000
     text = (runs / "report.md").read_text()
     assert "## The points (Table 10)" in text
+    assert "## Multiple choice, by the lm-evaluation-harness (D.2.1)" in text
     assert "## Noise, and what is retained after it (Table 13)" in text
     long = read_yaml(runs / "prepare/qa_long/config.yaml")
     assert long["length"] == 64

@@ -187,11 +187,8 @@ def choices(results: Results) -> str | None:
             continue
         cells = []
         for role in ("retain", "forget"):
-            of = {
-                key.removeprefix(f"{prefix}{role}/"): v
-                for key, v in found.items()
-                if key.startswith(f"{prefix}{role}/")
-            }
+            about = f"{prefix}{role}/"
+            of = {key.removeprefix(about): value for key, value in found.items() if key.startswith(about)}
             letter = max((key for key in of if key.startswith("says_")), key=lambda key: of[key])
             interval = f"{found[prefix + role]:.3f} ({of['low']:.3f} to {of['high']:.3f})"
             cells += [interval, f"{of['chance']:.3f}", f"{letter.removeprefix('says_')}: {of[letter]:.0%}"]
