@@ -78,7 +78,8 @@ def world(folder: Path) -> Path:
             raw["variants"]["mixture"]["data"]["auxiliary"]["tokens"] = 3000
         else:
             if "choices" in raw["evaluation"]:
-                raw["evaluation"]["choices"] = dict.fromkeys(("retain", "forget"), {"path": str(questions(folder))})
+                asked = {"path": str(questions(folder))}
+                raw["evaluation"]["choices"] = {"retain": asked, "forget": asked}
             raw["training"] |= {"steps": 4, "evaluate_every": 4, "evaluate_at": [2], "batch_rows": 2}
             raw["training"]["warmup_steps"] = min(1, raw["training"].get("warmup_steps", 0))
             raw["execution"] = {"runs_per_process": 4, "checkpoint_every": 1}
