@@ -33,8 +33,7 @@ def relearn(cfg: Relearn, run: Run) -> None:
     require_memory(cfg, run, cfg.model)
     model = load_parent(run, cfg.model)
     if cfg.noise is not None:
-        fresh = fresh_like(run, cfg.model, cfg.seed_for("init"))
-        cfg.noise.apply(model, fresh, generator(cfg.seed_for("noise")))
+        cfg.noise.apply(model, fresh_like(run, cfg.model, cfg.seed_for("init")), generator(cfg.seed_for("noise")))
     starts_as = cfg.model if cfg.noise is None else None  # what was perturbed is another model
     try:
         facts = fit(cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])}, starts_as=starts_as)

@@ -19,8 +19,8 @@ class Undo(DistillingStage):
 def undo(cfg: Undo, run: Run) -> None:
     require_memory(cfg, run, cfg.teacher, [cfg.teacher])
     student = load_parent(run, cfg.teacher)
-    fresh = fresh_like(run, cfg.teacher, cfg.seed_for("init"))
-    cfg.noise.apply(student, fresh, generator(cfg.seed_for("noise")))
+    # the fresh model has no name: it is as large as the student, and gone after this
+    cfg.noise.apply(student, fresh_like(run, cfg.teacher, cfg.seed_for("init")), generator(cfg.seed_for("noise")))
     distill(cfg, run, student)
 
 
