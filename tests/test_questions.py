@@ -22,8 +22,9 @@ import pytest
 from conftest import ROOT
 
 from undo.config import ConfigError
-from undo.prepare_data import extraction
+from undo.prepare_data import extraction, passages
 from undo.prepare_data.definitions import definitions
+from undo.prepare_data.ledger import Ledger, Settings
 from undo.prepare_data.questions import PROMPT, Filter, Question, parse, prompt
 from undo.prepare_data.text import Source
 from undo.prepare_data.writers import Pace, Reply, Trouble, Usage, check_url, find_key, retry_after
@@ -571,12 +572,12 @@ class Scripted:
 
 def scripted_run(corpus: Path, writer: Scripted, per_minute: float | None, *more: str) -> None:
     args = extraction.parser().parse_args(arguments(corpus, "http://x/v1", "--per-passage", "1", *more))
-    found = list(extraction.passages([corpus], "text", 3000, 0))
-    settings = extraction.Settings(
+    found = list(passages.passages([corpus], "text", 3000, 0))
+    settings = Settings(
         files={}, column="", seed=0, passage_characters=1, per_passage=1, model="", temperature=None, max_tokens=0,
         json_mode=False, prompt="",
     )  # fmt: skip
-    ledger = extraction.Ledger(args.out, settings)
+    ledger = Ledger(args.out, settings)
     ledger.open()
     clock = writer.clock
     progress = extraction.Progress(ledger, args.questions, extraction.Price(None, None))
@@ -720,20 +721,20 @@ def test_near_duplicates_are_those_of_the_plain_comparison():
 
 def test_passages_are_cut_at_the_best_place_and_cover_the_text():
     text = "\n\n".join(f"Paragraph {number}. " + FILLER * 2 for number in range(9))
-    pieces = list(extraction.cut(text, 600))
+    pieces = list(passages.cut(text, 600))
     assert all(len(piece) <= 600 for _, piece in pieces)
     assert all(piece.startswith("Paragraph") for _, piece in pieces)
     assert "".join("".join(piece.split()) for _, piece in pieces) == "".join(text.split())
     assert all(text[start:].lstrip().startswith(piece) for start, piece in pieces)
-    assert [len(piece) for _, piece in extraction.cut("x" * 1000, 400)] == [400, 400, 200]
-    assert list(extraction.cut("0x1f, 22; " * 100, 600)) == []
-    assert list(extraction.cut("Too short.", 600)) == []
+    assert [len(piece) for _, piece in passages.cut("x" * 1000, 400)] == [400, 400, 200]
+    assert list(passages.cut("0x1f, 22; " * 100, 600)) == []
+    assert list(passages.cut("Too short.", 600)) == []
 
 
 def test_names_tell_files_apart_and_not_where_they_lie(tmp_path):
     files = [tmp_path / "a/x.jsonl", tmp_path / "b/x.jsonl"]
-    assert extraction.names(files) == ["a/x.jsonl", "b/x.jsonl"]
-    assert extraction.names(files[:1]) == ["x.jsonl"]
+    assert passages.names(files) == ["a/x.jsonl", "b/x.jsonl"]
+    assert passages.names(files[:1]) == ["x.jsonl"]
 
 
 # --- mistakes ------------------------------------------------------------------------------------------------------
