@@ -208,7 +208,7 @@ def test_the_estimate_is_near_a_measured_peak():
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "llama", "qwen3"])
 def test_activations_are_bounded(name, mixed):
-    """What autograd really keeps of a block, the bf16 copies of weights aside: less than said, by a factor of 5 at most.
+    """What autograd really keeps of a block, bf16 copies of weights aside: less than said, by 5 times at most.
 
     The bound covers four norms a block and attention without a kernel; Llama on a CPU has neither, and narrow heads.
     """
