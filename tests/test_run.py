@@ -28,7 +28,7 @@ def test_a_config_from_before_a_key_existed_is_the_same_with_its_default(tmp_pat
     assert "optimizer" not in run.config["training"]
     make(tmp_path)
     file.write_text(file.read_text().replace("  optimizer: adamw\n", ""))
-    with pytest.raises(ConfigError, match="training.optimizer: 'adamw' -> 'adamw_8bit'"):
+    with pytest.raises(ConfigError, match=r"training\.optimizer: 'adamw' -> 'adamw_8bit'"):
         make(tmp_path, training(optimizer="adamw_8bit"))
 
 
