@@ -32,7 +32,11 @@ from undo.prepare_models import ReducedGemma2
 from undo.train import _optimizer
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:  # of this program: Linux lets ru_maxrss begin at what the parent, pytest with all its tests, had taken
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 def steps(shape, cfg, rows, length):
     model = models.place(shape.build(0), torch.device("cpu"))
@@ -202,7 +206,7 @@ def test_the_estimate_is_near_a_measured_peak():
     result = subprocess.run(command, env={**os.environ, "MALLOC_ARENA_MAX": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     measured, said = map(float, result.stdout.split())
-    assert measured / 1.4 < said < measured * 1.4
+    assert measured / 1.4 < said < measured * 1.4, (measured, said)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
