@@ -32,7 +32,11 @@ from undo.prepare_models import ReducedGemma2
 from undo.train import _optimizer
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:  # of this program: Linux lets ru_maxrss begin at what the parent, pytest with all its tests, had taken
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 def steps(shape, cfg, rows, length):
     model = models.place(shape.build(0), torch.device("cpu"))
@@ -202,13 +206,16 @@ def test_the_estimate_is_near_a_measured_peak():
     result = subprocess.run(command, env={**os.environ, "MALLOC_ARENA_MAX": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     measured, said = map(float, result.stdout.split())
-    assert measured / 1.4 < said < measured * 1.4
+    assert measured / 1.4 < said < measured * 1.4, (measured, said)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "llama", "qwen3"])
 def test_activations_are_bounded(name, mixed):
-    """What autograd really keeps of a block, the bf16 copies of weights aside: never more than said, nor below half."""
+    """What autograd really keeps of a block, bf16 copies of weights aside: less than said, by 5 times at most.
+
+    The bound covers four norms a block and attention without a kernel; Llama on a CPU has neither, and narrow heads.
+    """
     model, tokens = build(name).float(), batch(rows=2, length=256)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     shape, kept = models.shape(model), {}
@@ -231,7 +238,7 @@ def test_activations_are_bounded(name, mixed):
     copies = 2 * sum(w.numel() for w in models.blocks(model)[0].parameters() if w.ndim == 2) if mixed else 0
     a_block = (saved(2) - saved(0)) / 2 - copies
     said = memory._activations(shape, 256, mixed, "cpu") * 512
-    assert a_block < said < 4 * a_block
+    assert a_block < said < 5 * a_block
 
 
 def test_weights_gradients_and_states_are_counted():

@@ -20,6 +20,18 @@ def test_a_changed_config_is_refused_with_the_difference(tmp_path):
     assert len(str(error.value).splitlines()) <= 3
 
 
+def test_a_config_from_before_a_key_existed_is_the_same_with_its_default(tmp_path):
+    """What has no `optimizer` was trained with the one that there was then."""
+    run, _ = make(tmp_path)
+    file = run.folder / "config.yaml"
+    file.write_text(file.read_text().replace("  optimizer: adamw\n", ""))
+    assert "optimizer" not in run.config["training"]
+    make(tmp_path)
+    file.write_text(file.read_text().replace("  optimizer: adamw\n", ""))
+    with pytest.raises(ConfigError, match=r"training\.optimizer: 'adamw' -> 'adamw_8bit'"):
+        make(tmp_path, training(optimizer="adamw_8bit"))
+
+
 def test_execution_keys_may_change(tmp_path):
     make(tmp_path, micro_rows=1)
     run, _ = make(tmp_path, micro_rows=2, checkpoint_every=7)
