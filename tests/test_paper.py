@@ -158,7 +158,7 @@ def test_appendix_c_and_figures_5_to_7_undo(setting, planned):
     for config in runs:
         assert settings(config) == table_6(setting)
         assert config.teacher == f"unlearn/maxent-lr_{rate}-seed_0"
-        assert (config.noise.distribution, config.noise.norms) == ("xavier", None)  # None: in Gemma-2 as the paper
+        assert (config.noise.distribution, config.noise.norms) == ("xavier", "paper")
     points = [(c.noise.alpha, c.noise.beta, c.retain_threshold, c.seed) for c in runs]
     assert len(points) == len(set(points)) == 55 + 12 + 7
     assert {(a, s) for a, b, t, s in points if b == 0.1 and t == 0.05} == {(a, s) for a in ALPHAS for s in range(5)}
