@@ -128,7 +128,7 @@ def unlearning_sweep(results: Results) -> str | None:
     Bold: the runs whose models are distilled; for settings of another size the paper's own choice stands beside those.
     """
     runs = results.of("unlearn")
-    if not runs:
+    if not runs or results.is_wmdp:  # its table is `points`
         return None
     paper_setting = results.setting.partition("_")[0]
     same = paper_setting == results.setting
@@ -164,6 +164,8 @@ def points(results: Results) -> str | None:
         method, _, rank = run.config["variant"].rpartition("_")
         if rank in RANKS:
             groups.setdefault((method, rank), []).append(run)
+        elif run.name.startswith("unlearn/search-"):
+            groups[run.config["variant"], run.name] = [run]
     rows = []
     for (method, rank), runs in groups.items():
         config = runs[0].config
@@ -171,7 +173,8 @@ def points(results: Results) -> str | None:
         printed = theirs.get(method, {}).get(rank)
         ours = f"α = {values['alpha']:g}, {config['training']['learning_rate']:g}"
         performance = [f"{median(r.facts['evaluation'][role] for r in runs):.3f}" for role in ("retain", "forget")]
-        rows.append((method, rank, ours, f"α = {printed[0]:g}, {printed[1]:g}" if printed else "-", *performance))
+        paper = f"α = {printed[0]:g}, {printed[1]:g}" if printed else "-"
+        rows.append((method, rank if rank in RANKS else "searched", ours, paper, *performance))
     start = [f"{results.start[role]:.3f}" for role in ("retain", "forget")] if results.start else []
     header = ("method", "rank by retain", "alpha, rate", "paper", "retain", "forget")
     return markdown(header, [*([("before", "", "", "", *start)] if start else []), *rows]) if rows else None

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from undo.figures.missing import Missing
-from undo.figures.relearning import describe, legend
+from undo.figures.relearning import describe
 from undo.figures.tradeoff import retain_against_forget
 from undo.figures.unlearning import NAMES as METHODS
 from undo.results import Attacked, Curve, Results
@@ -57,14 +57,15 @@ def relearning_of_wmdp(results: Results) -> "Figure | Missing":
                     alpha=1 if bold else 0.45,
                     marker="o" if bold else None,
                     markersize=3,
-                    label=f"{describe(groups[label][0])}: {key[0] or 'adversary'}, {key[1]:g}" if bold else None,
+                    label=f"{describe(groups[label][0])}; bold: {key[0]}, rate {key[1]:g}" if bold else None,
                 )
         if "forget" in results.start:
             axis.axhline(results.start["forget"], color=INK, linewidth=0.8, linestyle="--", label="before unlearning")
         axis.set_title(METHODS[method], fontsize=9)
         axis.set_xlabel("relearning steps", fontsize=8)
     axes[0].set_ylabel(f"forget {results.attacked[0].model.unit}", fontsize=8)
-    legend(figure, axes)
+    found = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found.keys(), fontsize=7, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
