@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from undo import ranks
 from undo.config import ROLES, ConfigError, Mixture, Role, RunName, StageConfig, Training, as_raw
 from undo.evaluate import Evaluation
 from undo.evaluate.evaluator import Measured
@@ -75,6 +76,11 @@ class TrainingStage(StageConfig):
             self.evaluation.check()
         except ConfigError as error:
             raise ConfigError(f"evaluation.{error}") from None
+        if self.training.batch_rows < self.execution.devices:
+            raise ConfigError(
+                f"{self.name}: execution.devices={self.execution.devices} is more than the "
+                f"{self.training.batch_rows} rows of a batch: take fewer devices, or more training.batch_rows"
+            )
         if self.training.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(
                 f"{self.name}: training.optimizer=adamw_8bit needs the library bitsandbytes, which is not installed\n"
@@ -139,7 +145,8 @@ def fit(
         rng=rng,
         stop=stop or (lambda _: False),
     )
-    write_atomically(evaluation_file(run, cfg), json.dumps(outcome.evaluation))  # for those who start as this model
+    if run.leads:  # for those who start as this model
+        write_atomically(evaluation_file(run, cfg), json.dumps(outcome.evaluation))
     size = shape(model)
     return {
         "steps": outcome.steps,
@@ -156,13 +163,19 @@ def fit(
 def shared_evaluation(of: RunDirectory, cfg: TrainingStage, measure: Callable[[], Measured]) -> Measured:
     """The evaluation of a run's model as `cfg` wants it: read from the run's folder, or made and left there.
 
-    Whoever comes while it is being made waits for it. What was read cost no tokens.
+    Whoever comes while it is being made waits for it. What was read cost no tokens. The leader looks, waits and writes;
+    measuring is everybody's.
     """
+    if not ranks.leads():
+        made: Measured | None = ranks.of_the_leader(None)
+        return measure() if made is None else made
     file = evaluation_file(of, cfg)
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if file.exists():
-            return Measured(json.loads(file.read_text()), 0)
+        found = Measured(json.loads(file.read_text()), 0) if file.exists() else None
+        ranks.of_the_leader(found)
+        if found is not None:
+            return found
         measured = measure()
         write_atomically(file, json.dumps(measured.values))
     return measured
@@ -196,7 +209,7 @@ def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen:
         empty = skeleton(run.sibling(model).model)
         trained = sum(weight.numel() for name, weight in empty.named_parameters() if cfg.trains(name))
         model = shape(empty)
-    available, device = memory.available(cfg.execution.runs_per_gpu)
+    available, device = memory.available(cfg.execution.runs_per_gpu, cfg.execution.devices)
     memory.require(
         available,
         model,
@@ -229,7 +242,8 @@ def keep(model: "PreTrainedModel", cfg: TrainingStage, run: Run) -> None:
     """Save the model beside the tokenizer that its data was made with."""
     from undo.models import save
 
-    save(model, run.sibling(cfg.data).folder / "tokenizer", run.model)
+    if run.leads:
+        save(model, run.sibling(cfg.data).folder / "tokenizer", run.model)
 
 
 def load_parent(run: Run, name: str) -> "PreTrainedModel":
@@ -256,7 +270,7 @@ def fresh_like(run: Run, name: str, seed: int) -> "PreTrainedModel":
 def place(model: "PreTrainedModel", run: Run) -> "PreTrainedModel":
     """The same model, on this process's device, compiled if the run's config says so."""
     from undo import models
-    from undo.train import this_process
+    from undo.ranks import this_process
 
     device, cfg = this_process().device, run.configured
     assert device is not None

@@ -9,16 +9,20 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
+from undo import ranks
 from undo.config import ConfigError, Training
 from undo.evaluate.evaluator import Measured
+from undo.ranks import this_process
 from undo.run import Diverged, Interrupted, Run
 from undo.tokens import Batch, MixedStream
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 Objective = Callable[[Batch], dict[str, Tensor]]  # named, already weighted terms; the loss is their sum
 Terms = dict[str, Tensor]  # their values, of a whole batch
@@ -35,7 +39,7 @@ class Outcome:
     tokens: int
     evaluation_tokens: int
     evaluation: dict[str, float]
-    tokens_per_second: float | None = field(default=None, compare=False)  # of this process, evaluation left out
+    tokens_per_second: float | None = field(default=None, compare=False)  # of all devices, evaluation left out
 
 
 class Gradient(Protocol):
@@ -60,11 +64,6 @@ Step = Callable[[Gradient], tuple[Terms, Gradients]]  # what the optimiser takes
 def plain(gradient: Gradient) -> tuple[Terms, Gradients]:
     """The gradient of the loss."""
     return gradient()
-
-
-def this_process() -> PartialState:
-    """Its device, and its place among the processes of the run. Without CUDA: the CPU, on a Mac too."""
-    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def learning_rate(cfg: Training, step: int) -> float:
@@ -117,9 +116,11 @@ def train(
                     break
             if done.step == cfg.steps:
                 break
-            if run.stop_requested or (done.step > 0 and done.step % execution.checkpoint_every == 0):
+            stopping = ranks.any_of(run.stop_requested)  # a signal may have reached one rank only, or not all by now
+            if stopping or (done.step > 0 and done.step % execution.checkpoint_every == 0):
                 run.save_checkpoint(_state(model, weights, optimizer, rng), asdict(done))
-                if run.stop_requested:
+                if stopping:
+                    ranks.wait_for_all()  # the first rank to leave makes torchrun end the others
                     raise Interrupted
 
             began = time.perf_counter()
@@ -182,7 +183,8 @@ def _evaluate(evaluate: Evaluate, cfg: Training, done: "_Progress", autocast: to
     full = cfg.evaluates_fully(done.step)
     with torch.no_grad(), autocast:
         while True:
-            done.evaluation, tokens = evaluate(done.step, full)
+            # Each rank measures its copy of the model; a GPU's last bits must not make one stop and another go on.
+            done.evaluation, tokens = ranks.of_the_leader(evaluate(done.step, full))
             done.evaluated, done.evaluation_tokens = done.step, done.evaluation_tokens + tokens
             reached = done.step > 0 and stop(done.evaluation)
             if full or not reached:
@@ -199,7 +201,7 @@ class BatchGradient:
     weights: Sequence[nn.Parameter]
     progress: float
     micro_rows: int | None
-    devices: PartialState
+    devices: "PartialState"
     autocast: torch.autocast
 
     def __call__(self, names: Collection[str] | None = None) -> tuple[Terms, Gradients]:
@@ -220,7 +222,7 @@ class BatchGradient:
         return terms, gradients
 
 
-def _add_up_over_devices(parts: Iterable[Tensor], devices: PartialState) -> None:
+def _add_up_over_devices(parts: Iterable[Tensor], devices: "PartialState") -> None:
     if devices.num_processes > 1:
         for part in parts:
             torch.distributed.all_reduce(part)
