@@ -67,6 +67,10 @@ def needed(
     mixed = cfg.precision == "bf16"
     embedding = shape.vocab_size * shape.hidden_size
     head_is_trained = trained > shape.body_parameters
+    whole = 1.0  # of the trained weights' gradients and states; the weights themselves are whole when they are loaded
+    if execution.shard == "full":
+        divided = min(1.0, shape.body_parameters / trained)
+        whole = 1 - divided + divided / execution.devices
     casts = BF16 * (shape.body_parameters if mixed else 0)  # autocast keeps them from the forward to the backward pass
     # The tied matrix has one gradient from the head and one from the embedding; micro-batches add both to a third.
     more_gradients = (2 if rows < own else 1) * embedding if head_is_trained else 0
@@ -78,8 +82,8 @@ def needed(
     return Memory(
         weights=FP32 * shape.parameters + casts,
         frozen=FP32 * sum(f.parameters for f in frozen),
-        gradients=FP32 * (trained + more_gradients),
-        optimizer=STATE[cfg.optimizer] * trained,
+        gradients=FP32 * (trained * whole + more_gradients),
+        optimizer=STATE[cfg.optimizer] * trained * whole,
         activations=tokens * (shape.layers * kept + at_once + read + others),
         loss=_loss(shape, frozen, min(tokens // streams, rows * length), mixed, device),
         process=PROCESS[device],
@@ -118,7 +122,7 @@ def options(shape: Shape, cfg: Training, execution: Execution, length: int, **mo
     while rows > 1:
         rows //= 2
         fewer.append(rows)
-    less = [{}, {"optimizer": "adamw_8bit"}] if cfg.optimizer == "adamw" else [{}]
+    less = [{}, {"optimizer": "adamw_8bit"}] if cfg.optimizer == "adamw" and execution.shard == "none" else [{}]
     for training in less:
         for checkpointing in {execution.gradient_checkpointing: None, True: None}:
             for micro_rows in [None, *fewer]:

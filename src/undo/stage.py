@@ -81,15 +81,32 @@ class TrainingStage(StageConfig):
                 f"{self.name}: execution.devices={self.execution.devices} is more than the "
                 f"{self.training.batch_rows} rows of a batch: take fewer devices, or more training.batch_rows"
             )
+        if self.execution.shard == "full":
+            self.check_shard()
         if self.training.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(
                 f"{self.name}: training.optimizer=adamw_8bit needs the library bitsandbytes, which is not installed\n"
                 f"get it with: uv sync --extra 8bit"
             )
 
+    def check_shard(self) -> None:
+        """Raises ConfigError for what is not known to be exact with divided weights."""
+        devices, rows = self.execution.devices, self.training.batch_rows
+        reason = None
+        if rows % devices:  # each micro-batch is a collective call, so all ranks must have as many
+            reason = f"training.batch_rows={rows} must be a multiple of execution.devices={devices}"
+        elif self.training.optimizer != "adamw":
+            reason = f"training.optimizer={self.training.optimizer} cannot be divided; take adamw"
+        elif self.execution.compile:
+            reason = "execution.compile=true does not go with it; leave the key out"
+        if reason is not None:
+            raise ConfigError(f"{self.name}: execution.shard=full: {reason}")
+
     def compiles(self, device: str) -> bool:
         """Compiling took 27 s on a CPU, for 1.4 times the demo's speed: it does not pay in a short run."""
         chosen = self.execution.compile
+        if self.execution.shard == "full":
+            return False
         return device == "cuda" and self.training.steps >= 1000 if chosen is None else chosen
 
     def tokens(self, length: int) -> int:
@@ -112,6 +129,7 @@ def fit(
 
     `starts_as` names the run whose very model this is: its evaluation is made once for all runs that start from it.
     """
+    from undo import shard
     from undo.models import shape
     from undo.train import plain, train
 
@@ -127,6 +145,8 @@ def fit(
         name: MixedStream(stores, mixture, training.batch_rows, training.steps, cfg.seed_for("order") + index)
         for index, (name, mixture) in enumerate(cfg.streams().items())
     }
+    if cfg.execution.shard == "full":  # now: noise, verification and the choice of weights want them whole
+        shard.divide(model)
     evaluator = cfg.evaluation.load(run.sibling(cfg.validated_on), model.device)
 
     def evaluate(step: int, full: bool) -> Measured:
@@ -240,10 +260,14 @@ def open_store(data: RunDirectory, role: Role) -> TokenStore:
 
 def keep(model: "PreTrainedModel", cfg: TrainingStage, run: Run) -> None:
     """Save the model beside the tokenizer that its data was made with."""
+    from undo import shard
     from undo.models import save
 
+    weights = None
+    if cfg.execution.shard == "full":
+        weights = {name: shard.whole(weight) for name, weight in model.state_dict().items()}
     if run.leads:
-        save(model, run.sibling(cfg.data).folder / "tokenizer", run.model)
+        save(model, run.sibling(cfg.data).folder / "tokenizer", run.model, weights)
 
 
 def load_parent(run: Run, name: str) -> "PreTrainedModel":

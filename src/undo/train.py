@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from undo import ranks
+from undo import ranks, shard
 from undo.config import ConfigError, Training
 from undo.evaluate.evaluator import Measured
 from undo.ranks import this_process
@@ -131,7 +132,7 @@ def train(
             terms, gradients = step(gradient)
             for weight, total in zip(weights, gradients, strict=True):
                 weight.grad = total
-            norm = nn.utils.clip_grad_norm_(weights, math.inf if cfg.clip_norm is None else cfg.clip_norm)
+            norm = shard.clip(weights, cfg.clip_norm)
             *values, norm = torch.stack([*terms.values(), norm]).tolist()  # the step's only synchronisation
             if not math.isfinite(sum(values) + norm):
                 raise Diverged(done.step)
@@ -151,7 +152,9 @@ def train(
 
 def _optimizer(weights: Sequence[nn.Parameter], cfg: Training) -> torch.optim.Optimizer:
     if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(weights, cfg.learning_rate, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+        kinds = [[w for w in weights if isinstance(w, DTensor) == divided] for divided in (False, True)]
+        groups = [{"params": kind} for kind in kinds if kind]  # a fused update takes one kind at a time
+        return torch.optim.AdamW(groups, cfg.learning_rate, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
     from bitsandbytes.optim.adamw import AdamW8bit  # a stage's `check` has asked whether it is there
 
     return AdamW8bit(weights, cfg.learning_rate, cfg.betas, weight_decay=cfg.weight_decay)
@@ -218,7 +221,10 @@ class BatchGradient:
         gradients: Gradients = [weight.grad for weight in self.weights]
         for weight in self.weights:
             weight.grad = None
-        _add_up_over_devices([*terms.values(), *(g for g in gradients if g is not None)], self.devices)
+        own = (
+            g for g in gradients if g is not None and not isinstance(g, DTensor)
+        )  # what is divided is summed already
+        _add_up_over_devices([*terms.values(), *own], self.devices)
         return terms, gradients
 
 
@@ -246,14 +252,14 @@ def _state(
     optimizer: torch.optim.Optimizer,
     rng: torch.Generator | None,
 ) -> dict[str, Tensor]:
-    state = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+    state = {f"model.{name}": shard.whole(weight.detach()) for name, weight in model.named_parameters()}
     for index, weight in enumerate(weights):
         for key, value in optimizer.state.get(weight, {}).items():
             if not isinstance(value, Tensor):
                 value = torch.tensor(value)  # a count of steps
             elif key.startswith("qmap"):
                 value = value.clone()  # what 8 bits stand for: one tensor of all weights, and a file holds none twice
-            state[f"optimizer.{index}.{key}"] = value
+            state[f"optimizer.{index}.{key}"] = shard.whole(value)
     return state if rng is None else state | {"rng": rng.get_state()}
 
 
@@ -270,12 +276,16 @@ def _resume(
     tensors, progress = saved
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(tensors[f"model.{name}"])
+            weight.copy_(shard.like(tensors[f"model.{name}"], weight))
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".")
             weight = weights[int(index)]
-            optimizer.state[weight][name] = value.item() if value.dtype == torch.int64 else value.to(weight.device)
+            if value.dtype == torch.int64:
+                optimizer.state[weight][name] = value.item()
+            else:
+                same = value.shape == weight.shape  # a count of steps is not divided
+                optimizer.state[weight][name] = shard.like(value, weight) if same else value.to(weight.device)
     if rng is not None:
         rng.set_state(tensors["rng"])
     return _Progress(**progress)
