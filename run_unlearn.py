@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from undo import cli
-from undo.config import Mixture, RunName
+from undo.config import ConfigError, Mixture, RunName
 from undo.methods import UnlearningMethod
+from undo.methods.method import Method
 from undo.run import Run
 from undo.shape import Shape
 from undo.stage import Stage, TrainingStage, fit, generator, keep, load_parent, require_memory
@@ -31,6 +32,13 @@ class Unlearn(TrainingStage):
 
     def trains(self, parameter: str) -> bool:
         return self.method.trains(parameter)
+
+    def check_shard(self) -> None:
+        super().check_shard()
+        if type(self.method).step is not Method.step:
+            raise ConfigError(
+                f"{self.name}: execution.shard=full: {self.method.name} moves single weights; set execution.shard=none"
+            )
 
     def flops_per_token(self, model: Shape, length: int) -> int:
         return self.method.flops_per_token(model, length)

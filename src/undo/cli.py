@@ -10,11 +10,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from undo import ranks
 from undo.config import ConfigError, parse_overrides, validate
 from undo.display import LiveTable, si
 from undo.experiment import Cost, Costs, PlannedRun, check, find_configs, jobs, pick, plan, wanted
 from undo.launch import run_jobs
-from undo.run import INTERRUPTED, Interrupted, Run
+from undo.run import INTERRUPTED, Follower, Interrupted, Run
 from undo.stage import Stage
 
 EXAMPLE = "example: %(prog)s demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"
@@ -122,15 +123,18 @@ def show(runs: Sequence[PlannedRun], costs: Costs) -> None:
 
 
 def work(stage: Stage, folders: Sequence[Path]) -> int:
-    """Execute runs one after the other. A run that fails is recorded as failed and the next one is taken."""
+    """Execute runs one after the other. A run that fails is recorded as failed and the next one is taken.
+
+    One of the processes of a run on several devices does the same, but writes only if it is the leader.
+    """
     Run.stop_on_signals()
     status = 0
     for folder in folders:
-        run = Run.at(folder)
+        run = Run.at(folder) if ranks.leads() else Follower.at(folder)
         with run.lock(wait=True):
-            if run.done:
+            if ranks.of_the_leader(run.done):
                 continue
-            _write_to(run.log)
+            _write_to(run.log, quiet=not run.leads)
             try:
                 config = validate(stage.schema, run.config, str(folder / "config.yaml"))
                 run.open(config)
@@ -139,6 +143,9 @@ def work(stage: Stage, folders: Sequence[Path]) -> int:
                 print("interrupted; the same command goes on from here")
                 return INTERRUPTED
             except Exception as error:
+                if ranks.count() > 1 and run.stop_requested:  # another rank has left already, and so did its connection
+                    print(f"interrupted while waiting for another process: {error}", file=sys.stderr)
+                    return INTERRUPTED
                 traceback.print_exc()
                 run.fail(
                     f"{type(error).__name__}: {error}".splitlines()[0]
@@ -151,11 +158,11 @@ def work(stage: Stage, folders: Sequence[Path]) -> int:
     return status
 
 
-def _write_to(log: Path) -> None:
-    """Send this process's output, and that of its libraries, to the log of the run in hand."""
+def _write_to(log: Path, quiet: bool) -> None:
+    """Send this process's output, and that of its libraries, to the log of the run in hand; if quiet, errors only."""
     sys.stdout.flush()
     sys.stderr.flush()
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.dup2(file, 1)
     os.dup2(file, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY) if quiet else file, 1)
     os.close(file)

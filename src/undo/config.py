@@ -96,12 +96,25 @@ class Execution(Frozen):
 
     micro_rows: Count | None = None  # rows in one forward and backward; None: the whole batch
     checkpoint_every: Count = 100  # steps
+    devices: Count = 1  # that one run uses, whole GPUs or `threads` cores each: the batch's rows are divided among them
+    shard: Literal["none", "full"] = "none"  # full: the blocks' weights, gradients and optimiser states divided, too
     runs_per_gpu: Count = 1
     runs_per_process: Count = 1  # runs of the same models that share a process, one after the other: saves start-up
     compile: bool | None = None  # the model's body by torch.compile; None: on CUDA, in runs of 1000 steps and more
     gradient_checkpointing: bool = False  # each block's forward pass twice, for the memory of its activations
     threads: Count = 1  # of one run on CPU; cores / threads runs go side by side
     tracking: Literal["off", "offline", "online"] = "off"  # Weights & Biases
+
+    @model_validator(mode="after")
+    def _several_devices_are_whole(self) -> Self:
+        if self.devices > 1 and self.runs_per_gpu > 1:
+            raise ValueError(
+                f"runs_per_gpu must be 1, not {self.runs_per_gpu}, where devices is {self.devices}: a run on several "
+                f"devices has each to itself"
+            )
+        if self.shard != "none" and self.devices == 1:
+            raise ValueError(f"shard: {self.shard} divides weights over devices: set devices above 1, or shard: none")
+        return self
 
 
 class StageConfig(Frozen):

@@ -150,7 +150,9 @@ def check(planned: Sequence[PlannedRun], force: bool) -> None:
     names = {p.name for p in planned}
     for run in planned:
         execution = run.config.execution
-        check_devices(DeviceShare(execution.runs_per_gpu, execution.threads))
+        check_devices(share(run.config))
+        if execution.devices > 1 and not isinstance(run.config, TrainingStage):
+            raise ConfigError(f"execution.devices={execution.devices}: {run.name} trains nothing; leave the key out")
         check_token(run.config)
         if not run.directory.done:
             run.config.check()
@@ -181,23 +183,43 @@ def command_for(name: str, setting: str) -> str:
 
 
 def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
-    """Runs that are not done, grouped: those of a stage that start from the same models share a process."""
+    """Runs that are not done, grouped: those of a stage that start from the same models share a process.
+
+    A run on several devices shares none: an error of one rank leaves the others in the middle of a step.
+    """
     todo = [p for p in planned if not p.directory.done]
     result = []
     for _, group in groupby(todo, key=lambda p: (p.stage.name, models(p), p.config.execution)):
         members = list(group)
         execution = members[0].config.execution
-        for start in range(0, len(members), execution.runs_per_process):
-            part = members[start : start + execution.runs_per_process]
+        together = execution.runs_per_process if execution.devices == 1 else 1
+        for start in range(0, len(members), together):
+            part = members[start : start + together]
             result.append(
                 Job(
-                    argv=(sys.executable, *part[0].stage.command, "--work"),
+                    argv=(sys.executable, *starter(execution.devices), *part[0].stage.command, "--work"),
                     runs=tuple(p.directory for p in part),
                     waits_for=frozenset(parent for p in part for parent in p.config.parents()),
-                    share=DeviceShare(execution.runs_per_gpu, execution.threads),
+                    share=share(part[0].config),
                 )
             )
     return result
+
+
+def starter(devices: int) -> tuple[str, ...]:
+    """What stands before a stage's command where it is started once for each device.
+
+    torchrun itself, on a free port. Accelerate's launcher ends in the same code, but reads the user's own defaults
+    (mixed precision, for one) from a file in his home.
+    """
+    if devices == 1:
+        return ()
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices))
+
+
+def share(config: StageConfig) -> DeviceShare:
+    execution = config.execution
+    return DeviceShare(execution.runs_per_gpu, execution.threads, execution.devices)
 
 
 def models(run: PlannedRun) -> tuple[str, ...]:

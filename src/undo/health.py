@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import nn
 
+from undo import shard
 from undo.config import ConfigError
 from undo.losses import cross_entropy
 from undo.methods.method import Method
@@ -62,7 +63,7 @@ def recorded_norms(run: RunDirectory) -> dict[str, float]:
 def of(model: "PreTrainedModel", start: nn.Module, data: RunDirectory) -> dict[str, float]:
     """The state of the trained `model`, `start` being what it was before."""
     before = dict(start.named_parameters())
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    trained = {name: shard.whole(weight) for name, weight in model.named_parameters() if weight.requires_grad}
     store = TokenStore(data.folder / "validation" / "forget")
     tokens = next(store.batches(range(min(ROWS, len(store))), ROWS))
     return {

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, Protocol
 
-from undo import nanny
+from undo import nanny, ranks
 from undo.config import ConfigError
 from undo.run import INTERRUPTED, RunDirectory
 
@@ -48,10 +48,12 @@ class Job:
 
 @dataclass(frozen=True)
 class DeviceShare:
-    """How much of the machine a job takes: 1 / runs_per_gpu of a GPU, or `threads` cores where there is none."""
+    """How much of the machine a job takes: 1 / runs_per_gpu of `devices` GPUs, or `threads` cores for each device where
+    there is none."""
 
     runs_per_gpu: int = 1
     threads: int = 1
+    devices: int = 1
 
 
 class Display(Protocol):
@@ -81,33 +83,50 @@ def cores() -> int:
 
 
 class Slot:
-    """A share of a device, held by an open lock file, and so by whoever inherits its descriptor."""
+    """A share of devices, held by an open lock file for each, and so by whoever inherits their descriptors."""
 
-    def __init__(self, device: str, file: int) -> None:
-        self.device, self.file = device, file
+    def __init__(self, devices: Sequence[str], files: Sequence[int]) -> None:
+        self.device = ",".join(dict.fromkeys(devices))  # as CUDA_VISIBLE_DEVICES has them, or cpu
+        self.files = tuple(files)
 
     def release(self) -> None:
-        os.close(self.file)
+        for file in self.files:
+            os.close(file)
 
 
 def take_slot(share: DeviceShare, gpus: Sequence[str], folder: Path | None = None) -> Slot | None:
-    """A free share of a device, or None. All launchers of a user see the same lock files, so they do not overbook.
+    """A free share of as many devices as are wanted, or None. All launchers of a user see the same lock files, so they
+    do not overbook.
 
     A device takes one more run only if neither the newcomer's limit nor that of any run on it is exceeded.
     """
     folder = folder or Path(tempfile.gettempdir()) / f"undo-slots-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    for device in gpus or ["cpu"]:
-        limit = share.runs_per_gpu if gpus else max(1, cores() // share.threads)
-        with open(folder / f"{_file_name(device)}.guard", "w") as guard:
-            fcntl.flock(guard, fcntl.LOCK_EX)
-            slot = _take_one_of(folder, device, limit)
-        if slot is not None:
-            return slot
+    limit = share.runs_per_gpu if gpus else max(1, cores() // share.threads)
+    devices, files = list[str](), list[int]()
+    with _alone(folder / "several.guard") if share.devices > 1 else contextlib.nullcontext():  # or two have half each
+        for device in gpus or ["cpu"] * share.devices:
+            with _alone(folder / f"{_file_name(device)}.guard"):
+                file = _take_one_of(folder, device, limit)
+            if file is not None:
+                devices.append(device)
+                files.append(file)
+            if len(files) == share.devices:
+                return Slot(devices, files)
+        for file in files:
+            os.close(file)
     return None
 
 
-def _take_one_of(folder: Path, device: str, limit: int) -> Slot | None:
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    with open(path, "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        yield
+
+
+def _take_one_of(folder: Path, device: str, limit: int) -> int | None:
+    """The descriptor of a lock file of the device."""
     used, strictest, free = 0, limit, None
     present = len(list(folder.glob(f"{_file_name(device)}.slot-*")))  # another launcher may have allowed more of them
     for index in range(max(limit, present)):
@@ -130,7 +149,7 @@ def _take_one_of(folder: Path, device: str, limit: int) -> Slot | None:
         return None
     os.truncate(free, 0)
     os.pwrite(free, str(limit).encode(), 0)
-    return Slot(device, free)
+    return free
 
 
 def _file_name(device: str) -> str:
@@ -153,7 +172,7 @@ class Worker:
     def start(cls, job: Job, slot: Slot) -> "Worker":
         threads = str(job.share.threads)
         environment = {
-            **os.environ,
+            **{key: value for key, value in os.environ.items() if key not in ranks.VARIABLES},
             **MALLOC,
             "CUDA_VISIBLE_DEVICES": "" if slot.device == "cpu" else slot.device,
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -174,7 +193,7 @@ class Worker:
                 stdout=log,
                 stderr=log,
                 env=environment,
-                pass_fds=[slot.file],
+                pass_fds=slot.files,
                 start_new_session=True,  # Ctrl-C reaches the launcher only, which stops its jobs one way
             )
         return cls(job, slot, process)
@@ -311,5 +330,12 @@ def _signals_as_interrupt() -> Iterator[None]:
 
 def check_devices(share: DeviceShare) -> None:
     """Raises ConfigError if a run wants more than there is: it would wait for ever."""
-    if not visible_gpus() and share.threads > cores():
-        raise ConfigError(f"execution.threads={share.threads}, but this machine has {cores()} cores")
+    gpus = visible_gpus()
+    if gpus and share.devices > len(gpus):
+        raise ConfigError(
+            f"execution.devices={share.devices}, but {len(gpus)} GPUs are visible: {', '.join(gpus)}\n"
+            f"take fewer devices, or name more in CUDA_VISIBLE_DEVICES"
+        )
+    if not gpus and share.devices * share.threads > cores():
+        several = f"execution.devices={share.devices} with " * (share.devices > 1)
+        raise ConfigError(f"{several}execution.threads={share.threads}, but this machine has {cores()} cores")

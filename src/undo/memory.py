@@ -61,14 +61,19 @@ def needed(
     together. device: cuda or cpu.
     """
     trained = shape.parameters if trained is None else trained
-    rows = min(execution.micro_rows or cfg.batch_rows, cfg.batch_rows)
+    own = -(-cfg.batch_rows // execution.devices)  # rows of the device that has most
+    rows = min(execution.micro_rows or own, own)
     tokens = rows * length * streams
     mixed = cfg.precision == "bf16"
     embedding = shape.vocab_size * shape.hidden_size
     head_is_trained = trained > shape.body_parameters
+    whole = 1.0  # of the trained weights' gradients and states; the weights themselves are whole when they are loaded
+    if execution.shard == "full":
+        divided = min(1.0, shape.body_parameters / trained)
+        whole = 1 - divided + divided / execution.devices
     casts = BF16 * (shape.body_parameters if mixed else 0)  # autocast keeps them from the forward to the backward pass
     # The tied matrix has one gradient from the head and one from the embedding; micro-batches add both to a third.
-    more_gradients = (2 if rows < cfg.batch_rows else 1) * embedding if head_is_trained else 0
+    more_gradients = (2 if rows < own else 1) * embedding if head_is_trained else 0
     block = _activations(shape, length, mixed, device)
     kept = FP32 * shape.hidden_size if execution.gradient_checkpointing else block
     at_once = 2 * block  # of the block whose gradient is being formed: what it kept, and as much again in gradients
@@ -77,8 +82,8 @@ def needed(
     return Memory(
         weights=FP32 * shape.parameters + casts,
         frozen=FP32 * sum(f.parameters for f in frozen),
-        gradients=FP32 * (trained + more_gradients),
-        optimizer=STATE[cfg.optimizer] * trained,
+        gradients=FP32 * (trained * whole + more_gradients),
+        optimizer=STATE[cfg.optimizer] * trained * whole,
         activations=tokens * (shape.layers * kept + at_once + read + others),
         loss=_loss(shape, frozen, min(tokens // streams, rows * length), mixed, device),
         process=PROCESS[device],
@@ -111,12 +116,13 @@ class Option(NamedTuple):
 
 def options(shape: Shape, cfg: Training, execution: Execution, length: int, **more: Any) -> Iterator[Option]:
     """What can be changed about a run, that which costs least first: no result before speed, and 8 bits at the end."""
-    rows = min(execution.micro_rows or cfg.batch_rows, cfg.batch_rows)
+    own = -(-cfg.batch_rows // execution.devices)
+    rows = min(execution.micro_rows or own, own)
     fewer = []
     while rows > 1:
         rows //= 2
         fewer.append(rows)
-    less = [{}, {"optimizer": "adamw_8bit"}] if cfg.optimizer == "adamw" else [{}]
+    less = [{}, {"optimizer": "adamw_8bit"}] if cfg.optimizer == "adamw" and execution.shard == "none" else [{}]
     for training in less:
         for checkpointing in {execution.gradient_checkpointing: None, True: None}:
             for micro_rows in [None, *fewer]:
@@ -146,8 +152,11 @@ def require(available: float, shape: Shape, cfg: Training, execution: Execution,
     raise ConfigError(f"this run needs {first.memory}\nand has {available / 1e9:.1f} GB of memory; {advice}")
 
 
-def available(runs: int = 1) -> tuple[float, str]:
-    """Bytes of this process's device that one of `runs` that share it may take, and its kind: cuda or cpu."""
+def available(runs: int = 1, devices: int = 1) -> tuple[float, str]:
+    """Bytes of this process's device that one of `runs` that share it may take, and its kind: cuda or cpu.
+
+    The processes of a run on several `devices` that are a CPU's cores share the machine's memory.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -158,7 +167,7 @@ def available(runs: int = 1) -> tuple[float, str]:
             limits.append(int(Path(path).read_text()))
         except (OSError, ValueError):  # not there, or "max"
             continue
-    return float(min(limits)), "cpu"
+    return min(limits) / devices, "cpu"
 
 
 # --- what fits where -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ about an architecture: `place` asks each model but Gemma-2, which the tests know
 library says, and refuses it if not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -409,14 +409,17 @@ def read_shape(folder: Path) -> CountedShape:
     return shape(skeleton(folder))
 
 
-def save(model: nn.Module, tokenizer_folder: Path, folder: Path) -> None:
-    """A folder that AutoModelForCausalLM and AutoTokenizer load. It appears only when it is complete."""
+def save(model: nn.Module, tokenizer_folder: Path, folder: Path, weights: "Mapping[str, Tensor] | None" = None) -> None:
+    """A folder that AutoModelForCausalLM and AutoTokenizer load. It appears only when it is complete.
+
+    `weights` are the model's, by name, where it does not hold them whole.
+    """
     import shutil
 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(tokenizer_folder, partial)
-    model.save_pretrained(partial)  # pyright: ignore[reportCallIssue]
+    model.save_pretrained(partial, state_dict=weights)  # pyright: ignore[reportCallIssue]
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

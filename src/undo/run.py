@@ -29,11 +29,12 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any, Final, Self
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
+from undo import ranks
 from undo.config import ConfigError, Raw, StageConfig, as_raw, differences, read_yaml
 from undo.tracking import open_tracker
 
@@ -181,6 +182,7 @@ class RunDirectory:
 class Run(RunDirectory):
     """A run from the inside: the process that executes it holds this."""
 
+    leads: ClassVar[bool] = True  # whether this process writes to the run's directory
     _stop_requested = False  # by a signal, for every run of the process
     _saving = False  # whether a loop is at work that looks at _stop_requested
     _metrics: IO[bytes]
@@ -193,6 +195,11 @@ class Run(RunDirectory):
         self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115  # until finish()
         self._seconds_before = 0.0
         self._tracker = open_tracker(self, config)
+
+    def fail(self, reason: str) -> None:
+        """The first reason stays: of several ranks, the others fail because one did. It alone a follower writes too."""
+        if self.failure is None:
+            super().fail(reason)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl. No clock goes in here: an interrupted run must write the same bytes."""
@@ -223,16 +230,23 @@ class Run(RunDirectory):
 
     def load_checkpoint(self) -> "tuple[dict[str, Tensor], dict[str, Any]] | None":
         """The tensors and the progress note, with metrics.jsonl cut back to where it stood then. None: start anew."""
+        saved = self._read_checkpoint()
+        if saved is None:
+            self._metrics.truncate(0)
+            return None
+        tensors, progress = saved
+        self._metrics.truncate(progress.pop("metrics_bytes"))
+        self._seconds_before = progress.pop("seconds")
+        return tensors, progress
+
+    def _read_checkpoint(self) -> "tuple[dict[str, Tensor], dict[str, Any]] | None":
         from safetensors import safe_open
 
         if not self._checkpoint.exists():
-            self._metrics.truncate(0)
             return None
         with safe_open(self._checkpoint, framework="pt") as file:
             progress = json.loads(file.metadata()["progress"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-        self._metrics.truncate(progress.pop("metrics_bytes"))
-        self._seconds_before = progress.pop("seconds")
         return tensors, progress
 
     # --- stopping --------------------------------------------------------------------------------------------------
@@ -284,8 +298,38 @@ class Run(RunDirectory):
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
 
 
+class Follower(Run):
+    """A run as a rank holds it that computes along and leaves all records to the leader."""
+
+    leads = False
+
+    def open(self, config: StageConfig) -> None:
+        self.configured = config
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def save_checkpoint(self, tensors: "Mapping[str, Tensor]", progress: Mapping[str, Any]) -> None:
+        pass
+
+    def load_checkpoint(self) -> "tuple[dict[str, Tensor], dict[str, Any]] | None":
+        saved = self._read_checkpoint()
+        if saved is not None:
+            del saved[1]["metrics_bytes"], saved[1]["seconds"]
+        return saved
+
+    def finish(self, **facts: Any) -> None:
+        pass
+
+    @contextmanager
+    def lock(self, wait: bool) -> Iterator[bool]:
+        """The leader has it."""
+        yield True
+
+
 def environment() -> dict[str, Any]:
-    """Where and with what a run was executed. Peak memory is the process's own, earlier runs of it included."""
+    """Where and with what a run was executed. Peak memory is the process's own, earlier runs of it included; of several
+    devices it is the leader's."""
     device, peak = platform.processor() or platform.machine(), None
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -293,6 +337,7 @@ def environment() -> dict[str, Any]:
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "device": device,
+        "devices": ranks.count(),
         "threads": torch.get_num_threads() if torch is not None else 1,
         "peak_rss_bytes": rss,
         "peak_device_bytes": peak,

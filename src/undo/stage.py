@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from undo import ranks
 from undo.config import ROLES, ConfigError, Mixture, Role, RunName, StageConfig, Training, as_raw
 from undo.evaluate import Evaluation
 from undo.evaluate.evaluator import Measured
@@ -75,15 +76,37 @@ class TrainingStage(StageConfig):
             self.evaluation.check()
         except ConfigError as error:
             raise ConfigError(f"evaluation.{error}") from None
+        if self.training.batch_rows < self.execution.devices:
+            raise ConfigError(
+                f"{self.name}: execution.devices={self.execution.devices} is more than the "
+                f"{self.training.batch_rows} rows of a batch: take fewer devices, or more training.batch_rows"
+            )
+        if self.execution.shard == "full":
+            self.check_shard()
         if self.training.optimizer == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(
                 f"{self.name}: training.optimizer=adamw_8bit needs the library bitsandbytes, which is not installed\n"
                 f"get it with: uv sync --extra 8bit"
             )
 
+    def check_shard(self) -> None:
+        """Raises ConfigError for what is not known to be exact with divided weights."""
+        devices, rows = self.execution.devices, self.training.batch_rows
+        reason = None
+        if rows % devices:  # each micro-batch is a collective call, so all ranks must have as many
+            reason = f"training.batch_rows={rows} must be a multiple of execution.devices={devices}"
+        elif self.training.optimizer != "adamw":
+            reason = f"training.optimizer={self.training.optimizer} cannot be divided; take adamw"
+        elif self.execution.compile:
+            reason = "execution.compile=true does not go with it; leave the key out"
+        if reason is not None:
+            raise ConfigError(f"{self.name}: execution.shard=full: {reason}")
+
     def compiles(self, device: str) -> bool:
         """Compiling took 27 s on a CPU, for 1.4 times the demo's speed: it does not pay in a short run."""
         chosen = self.execution.compile
+        if self.execution.shard == "full":
+            return False
         return device == "cuda" and self.training.steps >= 1000 if chosen is None else chosen
 
     def tokens(self, length: int) -> int:
@@ -106,6 +129,7 @@ def fit(
 
     `starts_as` names the run whose very model this is: its evaluation is made once for all runs that start from it.
     """
+    from undo import shard
     from undo.models import shape
     from undo.train import plain, train
 
@@ -121,6 +145,8 @@ def fit(
         name: MixedStream(stores, mixture, training.batch_rows, training.steps, cfg.seed_for("order") + index)
         for index, (name, mixture) in enumerate(cfg.streams().items())
     }
+    if cfg.execution.shard == "full":  # now: noise, verification and the choice of weights want them whole
+        shard.divide(model)
     evaluator = cfg.evaluation.load(run.sibling(cfg.validated_on), model.device)
 
     def evaluate(step: int, full: bool) -> Measured:
@@ -139,7 +165,8 @@ def fit(
         rng=rng,
         stop=stop or (lambda _: False),
     )
-    write_atomically(evaluation_file(run, cfg), json.dumps(outcome.evaluation))  # for those who start as this model
+    if run.leads:  # for those who start as this model
+        write_atomically(evaluation_file(run, cfg), json.dumps(outcome.evaluation))
     size = shape(model)
     return {
         "steps": outcome.steps,
@@ -156,13 +183,19 @@ def fit(
 def shared_evaluation(of: RunDirectory, cfg: TrainingStage, measure: Callable[[], Measured]) -> Measured:
     """The evaluation of a run's model as `cfg` wants it: read from the run's folder, or made and left there.
 
-    Whoever comes while it is being made waits for it. What was read cost no tokens.
+    Whoever comes while it is being made waits for it. What was read cost no tokens. The leader looks, waits and writes;
+    measuring is everybody's.
     """
+    if not ranks.leads():
+        made: Measured | None = ranks.of_the_leader(None)
+        return measure() if made is None else made
     file = evaluation_file(of, cfg)
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if file.exists():
-            return Measured(json.loads(file.read_text()), 0)
+        found = Measured(json.loads(file.read_text()), 0) if file.exists() else None
+        ranks.of_the_leader(found)
+        if found is not None:
+            return found
         measured = measure()
         write_atomically(file, json.dumps(measured.values))
     return measured
@@ -196,7 +229,7 @@ def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen:
         empty = skeleton(run.sibling(model).model)
         trained = sum(weight.numel() for name, weight in empty.named_parameters() if cfg.trains(name))
         model = shape(empty)
-    available, device = memory.available(cfg.execution.runs_per_gpu)
+    available, device = memory.available(cfg.execution.runs_per_gpu, cfg.execution.devices)
     memory.require(
         available,
         model,
@@ -227,9 +260,14 @@ def open_store(data: RunDirectory, role: Role) -> TokenStore:
 
 def keep(model: "PreTrainedModel", cfg: TrainingStage, run: Run) -> None:
     """Save the model beside the tokenizer that its data was made with."""
+    from undo import shard
     from undo.models import save
 
-    save(model, run.sibling(cfg.data).folder / "tokenizer", run.model)
+    weights = None
+    if cfg.execution.shard == "full":
+        weights = {name: shard.whole(weight) for name, weight in model.state_dict().items()}
+    if run.leads:
+        save(model, run.sibling(cfg.data).folder / "tokenizer", run.model, weights)
 
 
 def load_parent(run: Run, name: str) -> "PreTrainedModel":
@@ -256,7 +294,7 @@ def fresh_like(run: Run, name: str, seed: int) -> "PreTrainedModel":
 def place(model: "PreTrainedModel", run: Run) -> "PreTrainedModel":
     """The same model, on this process's device, compiled if the run's config says so."""
     from undo import models
-    from undo.train import this_process
+    from undo.ranks import this_process
 
     device, cfg = this_process().device, run.configured
     assert device is not None

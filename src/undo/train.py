@@ -9,16 +9,21 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from undo import ranks, shard
 from undo.config import ConfigError, Training
 from undo.evaluate.evaluator import Measured
+from undo.ranks import this_process
 from undo.run import Diverged, Interrupted, Run
 from undo.tokens import Batch, MixedStream
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 Objective = Callable[[Batch], dict[str, Tensor]]  # named, already weighted terms; the loss is their sum
 Terms = dict[str, Tensor]  # their values, of a whole batch
@@ -35,7 +40,7 @@ class Outcome:
     tokens: int
     evaluation_tokens: int
     evaluation: dict[str, float]
-    tokens_per_second: float | None = field(default=None, compare=False)  # of this process, evaluation left out
+    tokens_per_second: float | None = field(default=None, compare=False)  # of all devices, evaluation left out
 
 
 class Gradient(Protocol):
@@ -60,11 +65,6 @@ Step = Callable[[Gradient], tuple[Terms, Gradients]]  # what the optimiser takes
 def plain(gradient: Gradient) -> tuple[Terms, Gradients]:
     """The gradient of the loss."""
     return gradient()
-
-
-def this_process() -> PartialState:
-    """Its device, and its place among the processes of the run. Without CUDA: the CPU, on a Mac too."""
-    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def learning_rate(cfg: Training, step: int) -> float:
@@ -117,9 +117,11 @@ def train(
                     break
             if done.step == cfg.steps:
                 break
-            if run.stop_requested or (done.step > 0 and done.step % execution.checkpoint_every == 0):
+            stopping = ranks.any_of(run.stop_requested)  # a signal may have reached one rank only, or not all by now
+            if stopping or (done.step > 0 and done.step % execution.checkpoint_every == 0):
                 run.save_checkpoint(_state(model, weights, optimizer, rng), asdict(done))
-                if run.stop_requested:
+                if stopping:
+                    ranks.wait_for_all()  # the first rank to leave makes torchrun end the others
                     raise Interrupted
 
             began = time.perf_counter()
@@ -130,7 +132,7 @@ def train(
             terms, gradients = step(gradient)
             for weight, total in zip(weights, gradients, strict=True):
                 weight.grad = total
-            norm = nn.utils.clip_grad_norm_(weights, math.inf if cfg.clip_norm is None else cfg.clip_norm)
+            norm = shard.clip(weights, cfg.clip_norm)
             *values, norm = torch.stack([*terms.values(), norm]).tolist()  # the step's only synchronisation
             if not math.isfinite(sum(values) + norm):
                 raise Diverged(done.step)
@@ -150,7 +152,9 @@ def train(
 
 def _optimizer(weights: Sequence[nn.Parameter], cfg: Training) -> torch.optim.Optimizer:
     if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(weights, cfg.learning_rate, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+        kinds = [[w for w in weights if isinstance(w, DTensor) == divided] for divided in (False, True)]
+        groups = [{"params": kind} for kind in kinds if kind]  # a fused update takes one kind at a time
+        return torch.optim.AdamW(groups, cfg.learning_rate, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
     from bitsandbytes.optim.adamw import AdamW8bit  # a stage's `check` has asked whether it is there
 
     return AdamW8bit(weights, cfg.learning_rate, cfg.betas, weight_decay=cfg.weight_decay)
@@ -182,7 +186,8 @@ def _evaluate(evaluate: Evaluate, cfg: Training, done: "_Progress", autocast: to
     full = cfg.evaluates_fully(done.step)
     with torch.no_grad(), autocast:
         while True:
-            done.evaluation, tokens = evaluate(done.step, full)
+            # Each rank measures its copy of the model; a GPU's last bits must not make one stop and another go on.
+            done.evaluation, tokens = ranks.of_the_leader(evaluate(done.step, full))
             done.evaluated, done.evaluation_tokens = done.step, done.evaluation_tokens + tokens
             reached = done.step > 0 and stop(done.evaluation)
             if full or not reached:
@@ -199,7 +204,7 @@ class BatchGradient:
     weights: Sequence[nn.Parameter]
     progress: float
     micro_rows: int | None
-    devices: PartialState
+    devices: "PartialState"
     autocast: torch.autocast
 
     def __call__(self, names: Collection[str] | None = None) -> tuple[Terms, Gradients]:
@@ -216,11 +221,14 @@ class BatchGradient:
         gradients: Gradients = [weight.grad for weight in self.weights]
         for weight in self.weights:
             weight.grad = None
-        _add_up_over_devices([*terms.values(), *(g for g in gradients if g is not None)], self.devices)
+        own = (
+            g for g in gradients if g is not None and not isinstance(g, DTensor)
+        )  # what is divided is summed already
+        _add_up_over_devices([*terms.values(), *own], self.devices)
         return terms, gradients
 
 
-def _add_up_over_devices(parts: Iterable[Tensor], devices: PartialState) -> None:
+def _add_up_over_devices(parts: Iterable[Tensor], devices: "PartialState") -> None:
     if devices.num_processes > 1:
         for part in parts:
             torch.distributed.all_reduce(part)
@@ -244,14 +252,14 @@ def _state(
     optimizer: torch.optim.Optimizer,
     rng: torch.Generator | None,
 ) -> dict[str, Tensor]:
-    state = {f"model.{name}": weight.detach() for name, weight in model.named_parameters()}
+    state = {f"model.{name}": shard.whole(weight.detach()) for name, weight in model.named_parameters()}
     for index, weight in enumerate(weights):
         for key, value in optimizer.state.get(weight, {}).items():
             if not isinstance(value, Tensor):
                 value = torch.tensor(value)  # a count of steps
             elif key.startswith("qmap"):
                 value = value.clone()  # what 8 bits stand for: one tensor of all weights, and a file holds none twice
-            state[f"optimizer.{index}.{key}"] = value
+            state[f"optimizer.{index}.{key}"] = shard.whole(value)
     return state if rng is None else state | {"rng": rng.get_state()}
 
 
@@ -268,12 +276,16 @@ def _resume(
     tensors, progress = saved
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(tensors[f"model.{name}"])
+            weight.copy_(shard.like(tensors[f"model.{name}"], weight))
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".")
             weight = weights[int(index)]
-            optimizer.state[weight][name] = value.item() if value.dtype == torch.int64 else value.to(weight.device)
+            if value.dtype == torch.int64:
+                optimizer.state[weight][name] = value.item()
+            else:
+                same = value.shape == weight.shape  # a count of steps is not divided
+                optimizer.state[weight][name] = shard.like(value, weight) if same else value.to(weight.device)
     if rng is not None:
         rng.set_state(tensors["rng"])
     return _Progress(**progress)

@@ -1,0 +1,255 @@
+"""One run on several devices, by the real launcher: two gloo processes say what one says, and end as one."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SHAPE, TINY, lively, metrics, run_script, training
+from safetensors.torch import load_file
+from test_train import make, stream
+
+from undo import health, shard
+from undo.evaluate.evaluator import Measured
+from undo.launch import DeviceShare, cores, take_slot
+from undo.methods import NPO, RMU, UNDIAL, GradDiff, MaxEnt, RepNoise, SimNPO
+from undo.models import freeze
+from undo.run import Run
+from undo.train import plain, train
+
+NAME = "pretrain/reference-seed_0"
+FINE = [  # an update that does not magnify rounding: Adam's first steps are signs of gradients
+    "training.steps=24",
+    "training.batch_rows=6",
+    "training.evaluate_every=8",
+    "training.learning_rate=1e-4",
+    "execution.checkpoint_every=3",
+]
+two_cores = pytest.mark.skipif(cores() < 2, reason="a run on two devices takes two cores")
+
+
+def command(runs: Path, *overrides: str) -> list[str]:
+    return ["run_pretrain.py", "demo", *TINY["pretrain"], *FINE, *overrides, "--runs", str(runs), "--only", "refer*"]
+
+
+def with_data(runs: Path, data) -> Path:
+    shutil.copytree(data.folder, runs / "demo/prepare/data")
+    return runs
+
+
+def files(runs: Path) -> dict[str, bytes]:
+    """What must not depend on how often the run was interrupted."""
+    folder = runs / "demo" / NAME
+    return {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "model/model.safetensors")}
+
+
+def same_records(a: Path, b: Path) -> None:
+    one, two = (metrics(runs / "demo" / NAME) for runs in (a, b))
+    assert len(one) == len(two)
+    for x, y in zip(one, two, strict=True):
+        assert y == pytest.approx(x, rel=1e-6, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, data) -> Path:
+    runs = with_data(tmp_path_factory.mktemp("one"), data)
+    finished = run_script(*command(runs))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return runs
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, data) -> Path:
+    runs = with_data(tmp_path_factory.mktemp("two"), data)
+    finished = run_script(*command(runs, "execution.devices=2"))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return runs
+
+
+def ranks(runs: Path) -> dict[int, int]:
+    """Rank -> process id, of all that work on these runs; -1: launcher's children that are no rank."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            line, environment = ((entry / name).read_bytes().decode().split("\0") for name in ("cmdline", "environ"))
+        except (OSError, ValueError):
+            continue
+        if "--work" in line and any(str(runs) in part for part in line):
+            rank = next((variable[5:] for variable in environment if variable.startswith("RANK=")), "-1")
+            found[int(rank)] = int(entry.name)
+    return found
+
+
+@two_cores
+def test_two_devices_say_what_one_says(one, two):
+    same_records(one, two)
+    assert not list(two.rglob("failure.json"))
+
+
+@two_cores
+def test_so_do_divided_weights(one, tmp_path, data):
+    runs = with_data(tmp_path, data)
+    overrides = ["devices=2", "shard=full", "gradient_checkpointing=true", "micro_rows=2"]
+    finished = run_script(*command(runs, *(f"execution.{key}" for key in overrides)))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    same_records(one, runs)
+    saved, alone = (load_file(path / "demo" / NAME / "model/model.safetensors") for path in (runs, one))
+    assert saved.keys() == alone.keys()
+    for name, weight in saved.items():
+        torch.testing.assert_close(weight, alone[name], rtol=0, atol=2e-6)
+
+
+@two_cores
+def test_a_rank_that_is_ended_ends_the_run_and_the_same_command_ends_with_the_same_bits(two, tmp_path, data):
+    """SIGTERM to the one that does not write: all stop at the same step. Then SIGKILL. Then undisturbed."""
+    runs = with_data(tmp_path, data)
+    records = runs / "demo" / NAME / "metrics.jsonl"
+    for victim, number, lines in ((1, signal.SIGTERM, 4), (1, signal.SIGKILL, 14)):
+        script, *arguments = command(runs, "execution.devices=2")
+        launcher = subprocess.Popen(
+            [sys.executable, str(ROOT / script), *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        while not (records.exists() and records.read_bytes().count(b"\n") >= lines) and launcher.poll() is None:
+            time.sleep(0.002)
+        working = ranks(runs)
+        assert working.keys() >= {0, 1}, "the run was over before it could be ended"
+        os.kill(working[victim], number)
+        said, _ = launcher.communicate(timeout=120)
+        assert launcher.returncode == 1, said
+        assert f"failed  {NAME}" in said
+        assert ranks(runs) == {}
+        assert not (runs / "demo" / NAME / "run.json").exists()
+        if number == signal.SIGTERM:
+            log = (runs / "demo" / NAME / "log.txt").read_text()
+            assert "interrupted; the same command goes on from here" in log
+    finished = run_script(*command(runs, "execution.devices=2"))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert files(runs) == files(two)
+
+
+METHODS = {
+    "graddiff": GradDiff(),
+    "maxent": MaxEnt(retain="kl"),
+    "rmu": RMU(layer=1, trained_layers=(0, 1), c=4.0, alpha=2.0),
+    "undial": UNDIAL(),
+    "npo": NPO(),
+    "simnpo": SimNPO(),
+    "repnoise": RepNoise(),
+}
+
+
+def unlearn(folder: Path, data, method, divided: bool, stop_at: int | None = None) -> None:
+    """A few steps in this process, which may be a rank, into a folder of its own."""
+    run, config = make(folder, training(steps=4, batch_rows=4, learning_rate=1e-5, clip_norm=0.5), micro_rows=1)
+    model = lively(SHAPE.build(0)).double()
+    health.choose_weights(model, method)
+    if divided:
+        shard.divide(model)
+    objective = method.objective(model, freeze(lively(SHAPE.build(0), 2).double()), torch.Generator().manual_seed(0))
+    streams = {role: stream(data, seed=seed) for seed, role in enumerate(("retain", "forget"))}
+
+    def step(gradient):
+        if gradient.progress == 0:
+            run.record(0, health.gradient_norms(gradient, method))
+        if round(4 * gradient.progress) + 1 == stop_at:
+            Run._stop_requested = True
+        return plain(gradient)
+
+    def evaluate(*_):
+        return Measured({"retain": 0.0, "forget": 0.0}, 1)
+
+    train(model, objective, streams, config.training, run, evaluate, step=step)
+    run.record(9, {name: float(shard.whole(w).detach().norm()) for name, w in model.named_parameters()})
+
+
+@two_cores
+def test_divided_weights_give_every_method_the_same_steps_and_their_checkpoint_serves_one_device(tmp_path, data):
+    """Sums, not means; the global norm of divided and whole weights; terms alone; a part of the blocks."""
+    program = tmp_path / "ranks.py"
+    program.write_text(f"""
+import os, sys
+from pathlib import Path
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch; torch.set_num_threads(1)
+from test_devices import METHODS, unlearn
+from undo.run import Interrupted, RunDirectory
+data = RunDirectory.at(Path({str(data.folder)!r}))
+folder = Path({str(tmp_path)!r}) / ("two-" + os.environ["RANK"])
+for name, method in METHODS.items():
+    unlearn(folder / name, data, method, divided=True)
+try:
+    unlearn(folder / "stopped", data, METHODS["graddiff"], divided=True, stop_at=2)
+except Interrupted:
+    sys.exit(0)
+sys.exit("not interrupted")
+""")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = run_script(*torchrun, str(program), OMP_NUM_THREADS="1")
+    assert finished.returncode == 0, finished.stderr
+    for name, method in METHODS.items():
+        unlearn(tmp_path / "one" / name, data, method, divided=False)
+    unlearn(tmp_path / "two-0/stopped", data, METHODS["graddiff"], divided=False)
+    for name in [*METHODS, "stopped"]:
+        expected = metrics(tmp_path / "one" / name.replace("stopped", "graddiff") / "tiny/pretrain/x")
+        for folder in ["two-0"] if name == "stopped" else ["two-0", "two-1"]:
+            found = metrics(tmp_path / folder / name / "tiny/pretrain/x")
+            assert len(found) == len(expected)
+            for a, b in zip(found, expected, strict=True):
+                assert a == pytest.approx(b, rel=1e-6, abs=1e-9), name
+
+
+def test_more_devices_than_there_are_is_refused_before_anything_starts(tmp_path, data):
+    runs = with_data(tmp_path, data)
+    for visible, message in (("0,GPU-1a", "execution.devices=3, but 2 GPUs are visible: 0, GPU-1a"), ("", "cores")):
+        devices = 3 if visible else cores() + 1
+        refused = run_script(*command(runs, f"execution.devices={devices}"), CUDA_VISIBLE_DEVICES=visible)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert len(refused.stderr.splitlines()) <= 3
+    assert not (runs / "demo/pretrain").exists()
+
+
+FULL = ("execution.devices=2", "execution.shard=full")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("execution.devices=2", "execution.runs_per_gpu=2"), "runs_per_gpu must be 1"),
+        (("execution.devices=2", "training.batch_rows=1"), "execution.devices=2 is more than the 1 rows of a batch"),
+        ((*FULL, "training.batch_rows=5"), "training.batch_rows=5 must be a multiple of execution.devices=2"),
+        ((*FULL, "execution.compile=true"), "execution.compile=true does not go with it"),
+        (("execution.shard=full",), "set devices above 1"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(tmp_path, data, overrides, message):
+    runs = with_data(tmp_path, data)
+    refused = run_script(*command(runs, *overrides), CUDA_VISIBLE_DEVICES="0,1")
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert not (runs / "demo/pretrain").exists()
+
+
+def test_a_method_that_moves_weights_wants_them_whole(tmp_path):
+    wanted = ("variant=x", "method={name: sam}", *FULL, "--runs", str(tmp_path))
+    refused = run_script("run_unlearn.py", "demo", *wanted, CUDA_VISIBLE_DEVICES="0,1")
+    assert refused.returncode == 2
+    assert "sam moves single weights; set execution.shard=none" in refused.stderr
+
+
+def test_several_devices_are_taken_together_or_not_at_all(tmp_path):
+    several = DeviceShare(devices=2)
+    pair = take_slot(several, ["0", "1", "2"], tmp_path)
+    assert pair
+    assert pair.device == "0,1"
+    assert take_slot(several, ["0", "1", "2"], tmp_path) is None  # one is free, and stays so
+    single = take_slot(DeviceShare(), ["0", "1", "2"], tmp_path)
+    assert single
+    assert single.device == "2"
+    pair.release()
+    assert take_slot(several, ["2", "0", "1"], tmp_path) is not None
