@@ -164,9 +164,10 @@ def test_eight_bits_are_resumed_bit_by_bit(tmp_path, data, monkeypatch, stop_at)
 
 
 def test_a_missing_optimiser_is_said_before_anything_starts(data, monkeypatch):
+    from undo.evaluate import TokenCrossEntropy
     from undo.stage import TrainingStage
 
-    raw = {"name": "x", "data": "prepare/data", "evaluation": {"kind": "cross_entropy"}}
+    raw = {"name": "x", "data": "prepare/data", "evaluation": TokenCrossEntropy()}
     config = TrainingStage.model_construct(**raw, training=training(optimizer="adamw_8bit"))
     config.check()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
