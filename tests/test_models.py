@@ -148,4 +148,4 @@ def test_named_sizes(size, parameters):
 def test_a_key_beside_the_size_wins_and_another_size_is_refused():
     assert ReducedGemma2(size="0.1B", layers=2).layers == 2
     with pytest.raises(ValueError, match=r"0\.1B"):
-        ReducedGemma2(size="2B", hidden_size=8, intermediate_size=8)
+        ReducedGemma2(size="7B", hidden_size=8, intermediate_size=8)

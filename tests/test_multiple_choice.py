@@ -442,7 +442,7 @@ def test_too_few_shots_are_said_before_a_run_starts(files, tmp_path):
     [
         ({"task": "mmlu", "path": "x"}, "give one of `task`"),
         ({}, "give one of `task`"),
-        ({"task": "mmlu", "shots_path": "x"}, "`shots_path` and `subject` go with `path`"),
+        ({"task": "mmlu", "shots_path": "x"}, "`shots_path`, `subject` and `subjects` go with `path`"),
         ({"path": "x", "shots": 1}, "1 shots need `shots_path`"),
         ({"path": "x", "share": 0.0}, "share: input should be greater than 0"),
         ({"path": "x", "share": 1.5}, "share: input should be less than or equal to 1"),
