@@ -55,7 +55,8 @@ def search(args: argparse.Namespace, folder: Path) -> tuple[list[PlannedRun], Pa
     """The runs that the points are chosen from, and what they stand on."""
     before, _ = run_all.planned_in(folder, args, STAGES["search"])
     overrides = run_all.route(parse_overrides(args.overrides))["unlearn"]
-    overrides = {key: value for key, value in overrides.items() if key != "points"}
+    # the points are chosen on the search's own seed, and serve all seeds
+    overrides = {key: value for key, value in overrides.items() if key not in ("points", "seed", "sweep.seed")}
     found = [path for path in sources(folder, "unlearn") if path.stem == SEARCH]
     if not found:
         raise ConfigError(f"{folder} has no {SEARCH}.yaml: there is nothing to choose the points from")

@@ -158,6 +158,8 @@ def unlearning_sweep(results: Results) -> str | None:
 
 def points(results: Results) -> str | None:
     """Table 10: the points of each method on WMDP, what they retain and forget, medians over seeds; and the paper's."""
+    if not results.is_wmdp:
+        return None
     theirs = POINTS.get(results.setting.partition("_")[2], {})
     groups: dict[tuple[str, str], list[Result]] = {}
     for run in results.of("unlearn"):

@@ -1,4 +1,4 @@
-"""Figures 8 and 11: relearning what was unlearned in a pretrained model, and at what price (Section 6, D.2.7)."""
+"""Figure 8: relearning what was unlearned in a pretrained model (Section 6). Figure 11 is Figure 7 of such models."""
 
 from collections.abc import Iterable
 from statistics import fmean
@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from undo.figures.missing import Missing
 from undo.figures.relearning import describe
-from undo.figures.tradeoff import retain_against_forget
 from undo.figures.unlearning import NAMES as METHODS
 from undo.results import Attacked, Curve, Results
 
@@ -67,8 +66,3 @@ def relearning_of_wmdp(results: Results) -> "Figure | Missing":
     found = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(found.values(), found.keys(), fontsize=7, loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def tradeoff_of_wmdp(results: Results) -> "Figure | Missing":
-    """Figure 11: retain against forget performance after unlearning, a low- and a high-compute attack."""
-    return retain_against_forget(results)
