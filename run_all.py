@@ -31,8 +31,8 @@ STAGES = {
 }
 
 
-def route(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Overrides by stage."""
+def route(overrides: dict[str, Any], without_seeds: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Overrides by stage; the seeds of all go to every stage that trains but those `without_seeds`."""
     routed: dict[str, dict[str, Any]] = {name: {} for name in STAGES}
     for key, value in overrides.items():
         stage, _, rest = key.partition(".")
@@ -40,7 +40,7 @@ def route(overrides: dict[str, Any]) -> dict[str, dict[str, Any]]:
             routed[stage][rest] = value
         elif key in ("seed", "sweep.seed"):
             for name, known in STAGES.items():
-                if issubclass(known.schema, TrainingStage):  # the data stay the same
+                if issubclass(known.schema, TrainingStage) and name not in without_seeds:  # the data stay the same
                     routed[name][key] = value
         else:
             raise ConfigError(f"{key!r}: say which stage it is for, as in pretrain.{key}; stages: {', '.join(STAGES)}")
@@ -55,9 +55,11 @@ def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
     return planned_in(find_configs(args.config, "unlearn")[0].parent, args, tuple(STAGES))
 
 
-def planned_in(folder: Path, args: argparse.Namespace, stages: Collection[str]) -> tuple[list[PlannedRun], Path]:
+def planned_in(
+    folder: Path, args: argparse.Namespace, stages: Collection[str], without_seeds: Collection[str] = ()
+) -> tuple[list[PlannedRun], Path]:
     """`planned`, of some stages of the setting in `folder`."""
-    routed = route(parse_overrides(args.overrides))
+    routed = route(parse_overrides(args.overrides), without_seeds)
     found = {name: sources(folder, name) for name in STAGES if name in stages}
     cli.check_extra(args.extra, [path for paths in found.values() for path in paths])
 

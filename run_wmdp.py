@@ -38,6 +38,7 @@ STAGES: Final = {
     "relearn": ("relearn",),
 }
 SEARCH: Final = "unlearn_search"
+BASE: Final = ("pretrain",)  # one model serves all seeds, as the hub's does: seed and sweep.seed leave it alone
 
 
 def with_model(overrides: list[str], folder: Path) -> list[str]:
@@ -53,7 +54,7 @@ def with_model(overrides: list[str], folder: Path) -> list[str]:
 
 def search(args: argparse.Namespace, folder: Path) -> tuple[list[PlannedRun], Path]:
     """The runs that the points are chosen from, and what they stand on."""
-    before, _ = run_all.planned_in(folder, args, STAGES["search"])
+    before, _ = run_all.planned_in(folder, args, STAGES["search"], BASE)
     overrides = run_all.route(parse_overrides(args.overrides))["unlearn"]
     # the points are chosen on the search's own seed, and serve all seeds
     overrides = {key: value for key, value in overrides.items() if key not in ("points", "seed", "sweep.seed")}
@@ -114,7 +115,7 @@ def main() -> int:
             print("unlearn, undo and relearn: their runs are known when the points are chosen from these")
             return 0
     stages = STAGES[args.stage] if args.stage else [name for names in STAGES.values() for name in names]
-    status = cli.launch(args, lambda args: run_all.planned_in(folder, args, stages))
+    status = cli.launch(args, lambda args: run_all.planned_in(folder, args, stages, BASE))
     if args.stage is None and not args.dry_run and status != 130:
         run_figures.publish(setting, args.runs)
     return status

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, SHAPE, TINY, lively, metrics, run_script, training
 from safetensors.torch import load_file
-from test_train import make, stream
+from test_train import go, make, sharp_step, stream, two_terms
 
 from undo import health, shard
 from undo.evaluate.evaluator import Measured
@@ -63,12 +64,11 @@ def one(tmp_path_factory, data) -> Path:
     return runs
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory, data) -> Path:
-    runs = with_data(tmp_path_factory.mktemp("two"), data)
-    finished = run_script(*command(runs, "execution.devices=2"))
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return runs
+WAYS = {"whole": ["devices=2"], "divided": ["devices=2", "shard=full", "gradient_checkpointing=true", "micro_rows=2"]}
+
+
+def on_two(runs: Path, way: str) -> list[str]:
+    return command(runs, *(f"execution.{key}" for key in WAYS[way]))
 
 
 def ranks(runs: Path) -> dict[int, int]:
@@ -86,50 +86,43 @@ def ranks(runs: Path) -> dict[int, int]:
 
 
 @two_cores
-def test_two_devices_say_what_one_says(one, two):
-    same_records(one, two)
-    assert not list(two.rglob("failure.json"))
-
-
-@two_cores
-def test_so_do_divided_weights(one, tmp_path, data):
-    runs = with_data(tmp_path, data)
-    overrides = ["devices=2", "shard=full", "gradient_checkpointing=true", "micro_rows=2"]
-    finished = run_script(*command(runs, *(f"execution.{key}" for key in overrides)))
+@pytest.mark.parametrize("way", WAYS)
+def test_two_devices_say_what_one_says_and_end_as_one(one, tmp_path, data, way):
+    """Batches divided, or the weights as well. Then the rank that does not write is ended: by SIGKILL, or by SIGTERM,
+    after which both stop at the same step with a checkpoint; the same command ends with the same bits."""
+    undisturbed = with_data(tmp_path / "undisturbed", data)
+    finished = run_script(*on_two(undisturbed, way))
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    same_records(one, runs)
-    saved, alone = (load_file(path / "demo" / NAME / "model/model.safetensors") for path in (runs, one))
+    same_records(one, undisturbed)
+    saved, alone = (load_file(path / "demo" / NAME / "model/model.safetensors") for path in (undisturbed, one))
     assert saved.keys() == alone.keys()
     for name, weight in saved.items():
         torch.testing.assert_close(weight, alone[name], rtol=0, atol=2e-6)
+    assert not list(undisturbed.rglob("failure.json"))
 
-
-@two_cores
-def test_a_rank_that_is_ended_ends_the_run_and_the_same_command_ends_with_the_same_bits(two, tmp_path, data):
-    """SIGTERM to the one that does not write: all stop at the same step. Then SIGKILL. Then undisturbed."""
-    runs = with_data(tmp_path, data)
+    number = {"whole": signal.SIGKILL, "divided": signal.SIGTERM}[way]
+    runs = with_data(tmp_path / "ended", data)
     records = runs / "demo" / NAME / "metrics.jsonl"
-    for victim, number, lines in ((1, signal.SIGTERM, 4), (1, signal.SIGKILL, 14)):
-        script, *arguments = command(runs, "execution.devices=2")
-        launcher = subprocess.Popen(
-            [sys.executable, str(ROOT / script), *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        while not (records.exists() and records.read_bytes().count(b"\n") >= lines) and launcher.poll() is None:
-            time.sleep(0.002)
-        working = ranks(runs)
-        assert working.keys() >= {0, 1}, "the run was over before it could be ended"
-        os.kill(working[victim], number)
-        said, _ = launcher.communicate(timeout=120)
-        assert launcher.returncode == 1, said
-        assert f"failed  {NAME}" in said
-        assert ranks(runs) == {}
-        assert not (runs / "demo" / NAME / "run.json").exists()
-        if number == signal.SIGTERM:
-            log = (runs / "demo" / NAME / "log.txt").read_text()
-            assert "interrupted; the same command goes on from here" in log
-    finished = run_script(*command(runs, "execution.devices=2"))
+    script, *arguments = on_two(runs, way)
+    launcher = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    while not (records.exists() and records.read_bytes().count(b"\n") >= 8) and launcher.poll() is None:
+        time.sleep(0.002)
+    working = ranks(runs)
+    assert working.keys() >= {0, 1}, "the run was over before it could be ended"
+    os.kill(working[1], number)
+    said, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1, said
+    assert f"failed  {NAME}" in said
+    assert ranks(runs) == {}
+    assert not (runs / "demo" / NAME / "run.json").exists()
+    if number == signal.SIGTERM:
+        log = (runs / "demo" / NAME / "log.txt").read_text()
+        assert "interrupted; the same command goes on from here" in log
+    finished = run_script(*on_two(runs, way))
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert files(runs) == files(two)
+    assert files(runs) == files(undisturbed)
 
 
 METHODS = {
@@ -167,19 +160,27 @@ def unlearn(folder: Path, data, method, divided: bool, stop_at: int | None = Non
     run.record(9, {name: float(shard.whole(w).detach().norm()) for name, w in model.named_parameters()})
 
 
+def sharp(folder: Path, data) -> None:
+    """Two gradients a step, the second at weights that the first one moves, by the whole batch's."""
+    go(folder, data, lively(SHAPE.build(0)).double(), objective=two_terms, step=sharp_step)
+
+
 @two_cores
-def test_divided_weights_give_every_method_the_same_steps_and_their_checkpoint_serves_one_device(tmp_path, data):
+def test_two_devices_give_every_method_the_same_steps_and_a_divided_checkpoint_serves_one(tmp_path, data):
     """Sums, not means; the global norm of divided and whole weights; terms alone; a part of the blocks."""
-    program = tmp_path / "ranks.py"
-    program.write_text(f"""
+    program = f"""
 import os, sys
 from pathlib import Path
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch; torch.set_num_threads(1)
-from test_devices import METHODS, unlearn
+from accelerate import PartialState
+PartialState(cpu=True, backend="gloo")
+from test_devices import METHODS, sharp, unlearn
 from undo.run import Interrupted, RunDirectory
 data = RunDirectory.at(Path({str(data.folder)!r}))
 folder = Path({str(tmp_path)!r}) / ("two-" + os.environ["RANK"])
+sharp(folder / "sharp", data)
+unlearn(folder / "whole", data, METHODS["graddiff"], divided=False)
 for name, method in METHODS.items():
     unlearn(folder / name, data, method, divided=True)
 try:
@@ -187,15 +188,29 @@ try:
 except Interrupted:
     sys.exit(0)
 sys.exit("not interrupted")
-""")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    finished = run_script(*torchrun, str(program), OMP_NUM_THREADS="1")
-    assert finished.returncode == 0, finished.stderr
+"""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    alone = tmp_path / "one"
+    sharp(alone / "sharp", data)
     for name, method in METHODS.items():
-        unlearn(tmp_path / "one" / name, data, method, divided=False)
+        unlearn(alone / name, data, method, divided=False)
     unlearn(tmp_path / "two-0/stopped", data, METHODS["graddiff"], divided=False)
-    for name in [*METHODS, "stopped"]:
-        expected = metrics(tmp_path / "one" / name.replace("stopped", "graddiff") / "tiny/pretrain/x")
+    for name in ["sharp", "whole", *METHODS, "stopped"]:
+        expected = metrics(alone / {"stopped": "graddiff", "whole": "graddiff"}.get(name, name) / "tiny/pretrain/x")
         for folder in ["two-0"] if name == "stopped" else ["two-0", "two-1"]:
             found = metrics(tmp_path / folder / name / "tiny/pretrain/x")
             assert len(found) == len(expected)

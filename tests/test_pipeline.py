@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ SMALL = [  # the demo's own configs, so small that every stage takes a second or
     *(f"{stage}.execution.checkpoint_every=3" for stage in ("pretrain", "unlearn", "distill", "undo", "relearn")),
 ]
 CHAIN = ("*undo_0.6-lr_4e-03*",)  # one adversary, and with it prepare, reference, unlearn and undo
+ONE = ("pretrain/reference-seed_0",)  # where more stages would show nothing more
 
 
 def run_all(runs: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -149,18 +151,27 @@ def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-MOMENTS = {  # victim -> after how many records of which run it is killed
-    "launcher": [("pretrain/reference-seed_0", 5), ("unlearn/maxent-lr_2e-03-seed_0", 2), ("undo/undo_0.6-seed_0", 20)],
-    "run": [("pretrain/reference-seed_0", 11)],
+MOMENTS = {  # victim -> what is run, after how many records of which run it is killed
+    "launcher": (
+        CHAIN,
+        [("pretrain/reference-seed_0", 5), ("unlearn/maxent-lr_2e-03-seed_0", 2), ("undo/undo_0.6-seed_0", 20)],
+    ),
+    "run": (ONE, [("pretrain/reference-seed_0", 11)]),
 }
+
+
+def of(names: Iterable[str], runs: Path) -> dict[str, bytes]:
+    """The results of those runs alone."""
+    return {path: content for path, content in results(runs).items() if any(f"{name}/" in path for name in names)}
 
 
 @pytest.mark.parametrize("victim", MOMENTS)
 def test_killed_at_several_moments_the_same_command_ends_with_the_same_bits(undisturbed, tmp_path, victim):
     """The kill comes at another point of another stage each time; after each, the same command goes on."""
     shutil.copytree(undisturbed / "demo/prepare", tmp_path / "demo/prepare")  # killed while preparing: the next test
-    for name, lines in MOMENTS[victim]:
-        command = [sys.executable, str(ROOT / "run_all.py"), "demo", *SMALL, "--runs", str(tmp_path), "--only", *CHAIN]
+    only, moments = MOMENTS[victim]
+    for name, lines in moments:
+        command = [sys.executable, str(ROOT / "run_all.py"), "demo", *SMALL, "--runs", str(tmp_path), "--only", *only]
         launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         records = tmp_path / "demo" / name / "metrics.jsonl"
         while lines_in(records) < lines and launcher.poll() is None:
@@ -179,9 +190,11 @@ def test_killed_at_several_moments_the_same_command_ends_with_the_same_bits(undi
             time.sleep(0.05)
         assert not processes_under(tmp_path)
         assert not (tmp_path / "demo" / name / "run.json").exists()
-    finished = run_all(tmp_path, "--only", *CHAIN)
+    finished = run_all(tmp_path, "--only", *only)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert results(tmp_path) == results(undisturbed)
+    made = [str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("run.json")]
+    assert len(made) == {CHAIN: 5, ONE: 2}[only]
+    assert results(tmp_path) == of(made, undisturbed)
 
 
 DIES_IN_THE_MIDDLE = """
@@ -269,7 +282,7 @@ def test_killed_while_it_writes(undisturbed, tmp_path, moment):
 
 def test_ctrl_c_saves_a_checkpoint_and_exits_130(undisturbed, tmp_path):
     shutil.copytree(undisturbed / "demo/prepare", tmp_path / "demo/prepare")
-    command = [sys.executable, str(ROOT / "run_all.py"), "demo", *SMALL, "--runs", str(tmp_path), "--only", *CHAIN]
+    command = [sys.executable, str(ROOT / "run_all.py"), "demo", *SMALL, "--runs", str(tmp_path), "--only", *ONE]
     launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     run = tmp_path / "demo/pretrain/reference-seed_0"
     while lines_in(run / "metrics.jsonl") < 5 and launcher.poll() is None:
@@ -281,9 +294,9 @@ def test_ctrl_c_saves_a_checkpoint_and_exits_130(undisturbed, tmp_path):
     assert "Traceback" not in output
     assert not processes_under(tmp_path)
     assert (run / "checkpoint/state.safetensors").exists()
-    finished = run_all(tmp_path, "--only", *CHAIN)
+    finished = run_all(tmp_path, "--only", *ONE)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert results(tmp_path) == results(undisturbed)
+    assert results(tmp_path) == of(["prepare/data", *ONE], undisturbed)
 
 
 # --- what a user gets wrong ----------------------------------------------------------------------------------------

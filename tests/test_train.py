@@ -1,14 +1,10 @@
 """The loop: exact accumulation, the schedule, evaluation and stopping, divergence, and resuming bit by bit."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHAPE, execution, lively, metrics, training
+from conftest import SHAPE, execution, lively, metrics, training
 
 from run_pretrain import Pretrain
 from undo.evaluate.evaluator import Measured
@@ -251,48 +247,3 @@ def test_checkpoint_interval_changes_nothing(tmp_path, data):
     one, _ = go(tmp_path / "a", data, checkpoint_every=1)
     two, _ = go(tmp_path / "b", data, checkpoint_every=100)
     assert same(one, two)
-
-
-def test_two_devices_make_the_same_step_as_one(tmp_path, data):
-    """Two real processes over gloo: same records as one, to rounding; the order of the data does not change.
-
-    So with a second gradient: the direction of the shift is that of the whole batch.
-    """
-    go(tmp_path / "one", data, lively(SHAPE.build(0)).double())
-    go(tmp_path / "sharp", data, lively(SHAPE.build(0)).double(), objective=two_terms, step=sharp_step)
-    program = f"""
-import os, sys
-from pathlib import Path
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import torch; torch.set_num_threads(1)
-from accelerate import PartialState
-PartialState(cpu=True, backend="gloo")
-from conftest import SHAPE, lively
-from test_train import go, sharp_step, two_terms
-from undo.run import RunDirectory
-data = RunDirectory.at(Path({str(data.folder)!r}))
-rank = os.environ["RANK"]
-go(Path({str(tmp_path)!r}) / f"one-rank{{rank}}", data, lively(SHAPE.build(0)).double())
-more = dict(objective=two_terms, step=sharp_step)
-go(Path({str(tmp_path)!r}) / f"sharp-rank{{rank}}", data, lively(SHAPE.build(0)).double(), **more)
-"""
-    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "ACCELERATE_USE_CPU": "true"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env={**os.environ, **ranks, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    for kind in ("one", "sharp"):
-        expected = metrics(tmp_path / kind / "tiny/pretrain/x")
-        for rank in range(2):
-            got = metrics(tmp_path / f"{kind}-rank{rank}/tiny/pretrain/x")
-            assert len(got) == len(expected)
-            for a, b in zip(got, expected, strict=True):
-                assert a == pytest.approx(b, rel=1e-6), json.dumps([a, b])

@@ -15,6 +15,8 @@ from conftest import ROOT, SHAPE, run_script
 from made_up import World
 from omegaconf import OmegaConf
 
+import run_all
+import run_wmdp
 from undo.claims import check
 from undo.config import ConfigError, read_yaml, validate
 from undo.figures import draw, figures_of
@@ -247,6 +249,15 @@ def test_model_is_said_once_for_the_weights_and_the_tokenizer(tmp_path):
     assert "model: mine holds no config.json" in listed.stderr
     refused = run_script("run_wmdp.py", "wmdp_small", "model=./mine", "--dry-run")
     assert "wmdp_small pretrains its own" in refused.stderr
+
+
+def test_one_base_model_serves_all_seeds(tmp_path):
+    args = run_all.cli.parser("").parse_intermixed_args(["wmdp_small", "sweep.seed=[0,1]", "--runs", str(tmp_path)])
+    folder = ROOT / "configs/wmdp_small"
+    runs, _ = run_all.planned_in(folder, args, ("pretrain", "undo"), run_wmdp.BASE)
+    names = [run.name for run in runs]
+    assert [name for name in names if name.startswith("pretrain/")] == ["pretrain/base"]
+    assert {"undo/undo_rmu-seed_0", "undo/undo_rmu-seed_1"} < set(names)
 
 
 # --- figures, claims ------------------------------------------------------------------------------------------------
