@@ -14,7 +14,7 @@ from undo.methods import UnlearningMethod
 from undo.methods.method import Method
 from undo.run import Run
 from undo.shape import Shape
-from undo.stage import Stage, TrainingStage, fit, generator, keep, load_parent, require_memory
+from undo.stage import Stage, TrainingStage, fit, generator, keep, load_parent, open_store, require_memory
 
 if TYPE_CHECKING:
     from undo.train import Gradient, Gradients, Terms
@@ -48,6 +48,11 @@ def unlearn(cfg: Unlearn, run: Run) -> None:
     from undo import health
     from undo.models import freeze
 
+    if cfg.method.needs_pairs and not open_store(run.sibling(cfg.data), "forget").paired:
+        raise ConfigError(
+            f"method.paired=true, but the forget data of {cfg.data} are no pairs\n"
+            f"prepare them with data.forget.paired_with=<column of the harmless answer>, or set method.paired=false"
+        )
     require_memory(cfg, run, cfg.reference, [cfg.reference] if cfg.method.needs_reference else [])
     model = load_parent(run, cfg.reference)
     health.choose_weights(model, cfg.method)

@@ -15,7 +15,7 @@ from undo.config import Execution, Training
 from undo.prepare_data.prepare import Prepare, prepare
 from undo.prepare_models import ReducedGemma2
 from undo.run import Run, RunDirectory
-from undo.tokens import Tokens, collate
+from undo.tokens import MARK, Tokens, collate
 
 ROOT = Path(__file__).parents[1]
 SHAPE = ReducedGemma2(
@@ -70,13 +70,13 @@ def lively(model: Gemma2ForCausalLM, seed: int = 1) -> Gemma2ForCausalLM:
 
 
 def batch(rows: int = 4, length: int = 12, seed: int = 0, vocab_size: int = SHAPE.vocab_size) -> Tokens:
-    """Packed rows of two documents each, of random lengths, with padding behind them."""
+    """Packed rows of two documents each, of random lengths, half of their tokens marked, with padding behind them."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
 
     def document(size: int) -> np.ndarray:
-        return rng.integers(4, vocab_size, size=size)
+        return rng.integers(4, vocab_size, size=size) | np.where(rng.random(size) < 0.5, MARK, 0)
 
     sizes = rng.integers(2, length // 2, size=(rows, 2))
     return collate([[document(a), document(b)] for a, b in sizes.tolist()], length)

@@ -14,7 +14,7 @@ from undo.methods.npo import NPO, SimNPO
 from undo.methods.rmu import RMU
 from undo.methods.undial import UNDIAL
 from undo.models import freeze, hidden_states
-from undo.tokens import IGNORE, Tokens, collate
+from undo.tokens import IGNORE, MARK, Tokens, collate
 
 NEEDED = {"rmu": {"layer": 1, "trained_layers": (0, 1), "c": 2.0, "alpha": 3.0}}  # keys without a default
 KINDS: list[type[Method]] = list(get_args(get_args(UnlearningMethod)[0]))
@@ -24,6 +24,7 @@ METHODS = [
     UAM(loss="representation", layer=1, trained_layers=(0, 1)),
     MaxEnt(alpha=0.3, retain="kl", convex=True),
     RepNoise(base=RMU(layer=1, trained_layers=(0, 1)), noise_weight=1.0, ascent_weight=0.5),
+    RepNoise(noise_weight=1.0, ascent_weight=0.5, paired=True),
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 
@@ -76,6 +77,7 @@ def pad(tokens: Tokens, extra: int) -> Tokens:
         torch.cat([tokens.labels, torch.full((rows, extra), IGNORE)], 1),
         tokens.total,
         tokens.documents,
+        torch.cat([tokens.marked, torch.zeros(rows, extra, dtype=torch.bool)], 1),
     )
 
 
@@ -85,7 +87,8 @@ def test_packing_changes_nothing(method):
     import numpy as np
 
     rng = np.random.default_rng(0)
-    documents = {role: [rng.integers(4, 448, size=n) for n in (5, 3, 7)] for role in ("retain", "forget")}
+    marks = [np.array([0, MARK, 0, MARK, MARK, MARK, 0][:n]) for n in (5, 3, 7)]
+    documents = {role: [rng.integers(4, 448, size=len(m)) | m for m in marks] for role in ("retain", "forget")}
     _model, _, objective = setting(method)
     alone = objective({role: collate([[d] for d in docs]) for role, docs in documents.items()})
     packed = objective({role: collate([docs]) for role, docs in documents.items()})
@@ -201,7 +204,7 @@ def test_a_key_beside_a_preset_wins():
         (RepNoise, "faithful", {"noise_weight": 1, "ascent_weight": 1}),
         (SAM, "official", {"rho": 0.01, "ascent": "forget"}),
         (SAM, "faithful", {"rho": 0.01, "ascent": "total"}),
-        (RepNoise, "official", {"noise_weight": 0.001, "ascent_weight": 1}),
+        (RepNoise, "official", {"noise_weight": 0.001, "ascent_weight": 1, "paired": True}),
         (UAM, "official", {"gamma": 0}),
         (UAM, "faithful", {"gamma": 1, "when": "always"}),
         (UAM, "language_model", {"gamma": 1.05, "layer": 7, "trained_layers": (5, 6, 7), "loss": "representation"}),
@@ -448,6 +451,35 @@ def test_repnoise_adds_noise_and_ascent_to_its_base():
     assert float(terms["noise"].detach()) > 0
     twice = setting(RepNoise(noise_weight=1.4, ascent_weight=0.3))[2](data)["noise"]
     torch.testing.assert_close(twice, 2 * terms["noise"])
+
+
+def test_repnoise_of_pairs_is_that_of_the_marked_tokens_alone():
+    """Noise where a token is read that the harmless answer does not have, ascent where it is said; written out."""
+    import numpy as np
+
+    whole = np.array([7, 8, 9, 20, 30, 21, 22]), np.array([50, 51, 52])  # 7 8 9 20 stand in the harmless one, too
+    forget = collate([[whole[0] | np.array([0, 0, 0, 0, MARK, MARK, MARK]), whole[1] | MARK]])
+    data = roles() | {"forget": forget}
+    model, _, objective = setting(RepNoise(noise_weight=1.0, ascent_weight=1.0, paired=True), seed=8)
+    terms = objective(data)
+    output = model.model(forget.input_ids, position_ids=forget.positions, output_hidden_states=True, use_cache=False)
+    lenses = [*(model.model.norm(h) for h in output.hidden_states[1:-1]), output.last_hidden_state]
+    ascent = []
+    for said in ([3, 4, 5], [7, 8]):  # positions from which 30, 21, 22 are said; 51, 52 (nothing says a first token)
+        nll = []
+        for hidden in lenses:
+            log_p = (30 * torch.tanh(hidden[0, said].double() @ model.lm_head.weight.double().T / 30)).log_softmax(-1)
+            nll.append(-log_p.gather(1, forget.input_ids[0, [at + 1 for at in said]][:, None]).mean())
+        ascent.append(torch.log1p(torch.stack(nll).mean()))
+    torch.testing.assert_close(terms["ascent"].double(), -torch.stack(ascent).mean(), rtol=1e-4, atol=0)
+
+    unmarked = collate([list(whole)])
+    assert float(objective(data | {"forget": unmarked})["noise"].detach()) == 0  # nothing differs
+    read = torch.zeros_like(forget.labels, dtype=torch.bool)
+    read[0, [4, 5, 7, 8]] = True  # 30, 21 and 50, 51; after 22 and 52 nothing is predicted
+    unpaired = setting(RepNoise(noise_weight=1.0, ascent_weight=1.0), seed=8)[2]
+    torch.testing.assert_close(terms["noise"], unpaired(data | {"forget": unmarked.labelled(read)})["noise"])
+    assert float((terms["noise"] - unpaired(data | {"forget": unmarked})["noise"]).abs().detach()) > 0.01
 
 
 def test_repnoise_leaves_no_hook_behind():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+import run_unlearn
 from undo.config import ConfigError, validate
 from undo.prepare_data import prepare as stage
 from undo.prepare_data.prepare import Prepare, prepare
@@ -64,6 +65,50 @@ def texts(run, part, role) -> list[str]:
 def numbers(run, part, role) -> set[int]:
     joined = "".join(texts(run, part, role))
     return {n for n in range(1000, 1000 + DOCUMENTS) if f"<bos><{n}>" in joined}
+
+
+PAIRS = [{"q": f"how to {n} a lock? ", "harm": f"take {n} picks", "safe": f"take {n} keys and wait"} for n in range(40)]
+
+
+def test_of_pairs_the_tokens_are_marked_that_the_other_answer_does_not_have(tmp_path, corpus):
+    rows = [{"forget": pair["q"] + pair["harm"], "safe": pair["q"] + pair["safe"]} for pair in PAIRS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = {"path": str(tmp_path / "pairs.jsonl"), "column": "forget", "paired_with": "safe"}
+    run = make(
+        tmp_path,
+        corpus,
+        data={"retain": {"path": str(corpus / "retain.jsonl")}, "forget": pairs},
+        shortest=5,
+        tokenizer=TOKENS,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
+    assert not TokenStore(run.folder / "train/retain").paired
+    seen = 0
+    for part in ("train", "validation"):
+        store = TokenStore(run.folder / part / "forget")
+        assert store.paired
+        for batch in store.batches(range(len(store)), 8):
+            for ids, document, marked in zip(batch.input_ids, batch.document, batch.marked, strict=True):
+                for number in document.unique():
+                    text = tokenizer.decode(ids[document == number], skip_special_tokens=True)
+                    if not text.strip("<unk>"):
+                        continue  # padding
+                    pair = next(row for row in rows if row["forget"] == text)
+                    one, two = (tokenizer(pair[key], add_special_tokens=False)["input_ids"] for key in pair)
+                    one, two = [0, *one, -1], [0, *two, -1]  # as between <bos> and <eos>
+                    expected = [i >= len(two) or one[i] != two[i] for i in range(len(one))]
+                    assert marked[document == number].tolist() == expected
+                    assert 0 < sum(expected) < len(expected) / 2 + 1
+                    seen += 1
+    assert seen == len(PAIRS)
+
+
+def test_a_method_of_pairs_refuses_other_data_before_it_loads_a_model(prepared):
+    raw = {"name": "x", "variant": "x", "seed": 0, "data": "prepare/data", "reference": "pretrain/none"}
+    raw |= {"training": {"steps": 1, "batch_rows": 1, "learning_rate": 1e-3, "evaluate_every": 1}}
+    raw |= {"evaluation": {"name": "cross_entropy", "rows": 1}, "method": {"name": "repnoise", "preset": "official"}}
+    with pytest.raises(ConfigError, match=r"prepare/data are no pairs\n.*data\.forget\.paired_with"):
+        run_unlearn.unlearn(validate(run_unlearn.Unlearn, raw, "test"), prepared)
 
 
 def test_split_by_document_without_loss_or_overlap(prepared):

@@ -39,6 +39,18 @@ def test_json_lines_in_a_json_file_and_a_byte_order_mark(tmp_path):
     assert list(Source(path=str(file)).texts()) == TEXTS
 
 
+def test_pairs_are_read_side_by_side(tmp_path):
+    rows = [{"q": f"{i}?", "harm": f"yes {i}", "safe": "no"} for i in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(path=str(tmp_path / "a.jsonl"), column=("q", "harm"), paired_with=("q", "safe"), documents=2)
+    found = list(source.texts())
+    assert [(text, text.other) for text in found] == [(f"{i}?\n\nyes {i}", f"{i}?\n\nno") for i in range(2)]
+    with pytest.raises(ConfigError, match=r"has no columns, so no paired_with"):
+        Source(path=str(write(tmp_path, ".txt")), paired_with="safe").files()
+    with pytest.raises(ConfigError, match=r"line 1: has no column 'other'"):
+        list(Source(path=str(tmp_path / "a.jsonl"), column="harm", paired_with="other").texts())
+
+
 def test_a_glob_reads_all_files_in_order_and_stops_at_the_limit(tmp_path):
     for name in "ba":
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"body": f"{name}{i}"}) + "\n" for i in range(3)))

@@ -3,7 +3,8 @@
 A store is a folder: `tokens.bin` holds the tokens of all rows end to end, in as few bytes each as the vocabulary needs
 (little-endian: 2 to 65,536, 3 for Gemma's 256,000, so that 1 B tokens take 3 GB); `pieces.bin` holds where each piece
 of a document starts in it, `rows.bin` where each row starts in the pieces (both int64). A document longer than a row
-is cut into pieces; pieces are packed best-fit, so nothing is thrown away and short documents stay whole.
+is cut into pieces; pieces are packed best-fit, so nothing is thrown away and short documents stay whole. In a store of
+pairs tokens have 4 bytes, and the highest bit marks those that the other document of the pair does not have there.
 """
 
 import json
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 IGNORE: Final = -100  # the label of a position without a target
+MARK: Final = 1 << 31  # beside the token, in stores of pairs: the other document of the pair has another token there
 WINDOW: Final = 1 << 16  # documents that are packed together, at most
 WINDOW_TOKENS: Final = 1 << 24  # or as many documents as hold so many tokens
 FILES: Final = ("tokens.bin", "pieces.bin", "rows.bin")
@@ -36,7 +38,8 @@ class Tokens:
     input_ids, positions, labels: int64 [rows, length]. A position of 0 starts a document: attention does not reach
     across it. `total` is the number of labels, and `documents` that of documents with labels, in the *whole* batch of
     the step, over all micro-batches and devices: losses are sums divided by one of them, so that micro-batch gradients
-    add up to the gradient of the whole batch.
+    add up to the gradient of the whole batch. `marked`, bool [rows, length], is where an input differs from the other
+    document of its pair; None: nowhere.
     """
 
     input_ids: "torch.Tensor"
@@ -44,10 +47,21 @@ class Tokens:
     labels: "torch.Tensor"
     total: int
     documents: int
+    marked: "torch.Tensor | None" = None
 
     def rows(self, start: int, stop: int | None = None, step: int = 1) -> Self:
         part = slice(start, stop, step)
-        return replace(self, input_ids=self.input_ids[part], positions=self.positions[part], labels=self.labels[part])
+        return replace(
+            self,
+            input_ids=self.input_ids[part],
+            positions=self.positions[part],
+            labels=self.labels[part],
+            marked=None if self.marked is None else self.marked[part],
+        )
+
+    def labelled(self, where: "torch.Tensor") -> Self:
+        """Without the labels outside `where`, bool [rows, length]. `total` and `documents` stay those of the batch."""
+        return replace(self, labels=self.labels.masked_fill(~where, IGNORE))
 
     def micro_batches(self, rows: int | None) -> Iterator[Self]:
         size = rows or len(self.input_ids)
@@ -74,6 +88,7 @@ class Tokens:
             input_ids=self.input_ids.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
+            marked=None if self.marked is None else self.marked.to(device, non_blocking=True),
         )
         moved.__dict__["_labelled"] = self._labelled.to(device, non_blocking=True)  # a GPU would be waited for
         return moved
@@ -91,16 +106,25 @@ def collate(rows: Iterable[list[np.ndarray]], length: int | None = None) -> Toke
     ids = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros((len(rows), width), dtype=np.int64)
     labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
+    marked = np.zeros((len(rows), width), dtype=bool)
     for i, row in enumerate(rows):
         end = 0
         for piece in row:
             start, end = end, end + len(piece)
-            ids[i, start:end] = piece
+            ids[i, start:end] = piece & (MARK - 1)
             positions[i, start:end] = np.arange(len(piece))
-            labels[i, start : end - 1] = piece[1:]
+            labels[i, start : end - 1] = ids[i, start + 1 : end]
+            marked[i, start:end] = piece >= MARK
         positions[i, end:] = np.arange(width - end)  # padding is a document of its own
     total, documents = int((labels != IGNORE).sum()), sum(len(piece) > 1 for row in rows for piece in row)
-    return Tokens(torch.from_numpy(ids), torch.from_numpy(positions), torch.from_numpy(labels), total, documents)
+    return Tokens(
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        torch.from_numpy(labels),
+        total,
+        documents,
+        torch.from_numpy(marked) if marked.any() else None,
+    )
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
@@ -134,9 +158,9 @@ class StoreWriter:
     last one, and goes on from there.
     """
 
-    def __init__(self, folder: Path, length: int, vocab_size: int) -> None:
-        self.folder, self.length, self.vocab_size = folder, length, vocab_size
-        self.width = max(2, ((vocab_size - 1).bit_length() + 7) // 8)
+    def __init__(self, folder: Path, length: int, vocab_size: int, paired: bool = False) -> None:
+        self.folder, self.length, self.vocab_size, self.paired = folder, length, vocab_size, paired
+        self.width = token_bytes(vocab_size, paired)
         self._partial = partial_of(folder)
         self._partial.mkdir(parents=True, exist_ok=True)
         self._progress = self._partial / "progress.json"
@@ -159,8 +183,9 @@ class StoreWriter:
             bins = best_fit(lengths, self.length)
             order = [index for row in bins for index in row]
             tokens = np.concatenate([pieces[index] for index in order])
-            if tokens.max() >= self.vocab_size:
-                raise ConfigError(f"token id {tokens.max()} does not fit a vocabulary of {self.vocab_size}")
+            largest = (tokens & (MARK - 1) if self.paired else tokens).max()
+            if largest >= self.vocab_size:
+                raise ConfigError(f"token id {largest} does not fit a vocabulary of {self.vocab_size}")
             self._append("tokens.bin", tokens.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : self.width])
             self._append("pieces.bin", self.tokens + lengths[order].cumsum())
             self._append("rows.bin", self._pieces + np.cumsum([len(row) for row in bins]))
@@ -171,7 +196,7 @@ class StoreWriter:
         write_atomically(self._progress, json.dumps({"written": written, "state": state}))
 
     def finish(self) -> "TokenStore":
-        facts = {"length": self.length, "vocab_size": self.vocab_size, "width": self.width}
+        facts = {"length": self.length, "vocab_size": self.vocab_size, "width": self.width, "paired": self.paired}
         write_atomically(self._partial / "store.json", json.dumps(facts))
         self._partial.rename(self.folder)
         (self.folder / self._progress.name).unlink(missing_ok=True)
@@ -184,15 +209,22 @@ class StoreWriter:
             os.fsync(file.fileno())
 
 
+def token_bytes(vocab_size: int, paired: bool = False) -> int:
+    """What a token takes in a store."""
+    return 4 if paired else max(2, ((vocab_size - 1).bit_length() + 7) // 8)
+
+
 def partial_of(folder: Path) -> Path:
     """Where a store lies while it is written."""
     return folder.with_name(folder.name + ".partial")
 
 
-def pack(documents: Iterable[np.ndarray], folder: Path, length: int, vocab_size: int) -> "TokenStore":
+def pack(
+    documents: Iterable[np.ndarray], folder: Path, length: int, vocab_size: int, paired: bool = False
+) -> "TokenStore":
     """Write a store of rows of at most `length` tokens in one go, whatever an earlier attempt has left."""
     shutil.rmtree(partial_of(folder), ignore_errors=True)
-    writer = StoreWriter(folder, length, vocab_size)
+    writer = StoreWriter(folder, length, vocab_size, paired)
     for window in batched(documents, WINDOW, WINDOW_TOKENS):
         writer.add(window, {})
     return writer.finish()
@@ -222,6 +254,7 @@ class TokenStore:
         facts = json.loads((folder / "store.json").read_text())
         self.length: int = facts["length"]
         self.vocab_size: int = facts["vocab_size"]
+        self.paired: bool = facts.get("paired", False)  # whether its documents are marked
         self._width: int = facts["width"]
         self._pieces = np.memmap(folder / "pieces.bin", dtype="<i8", mode="r")
         self._rows = np.memmap(folder / "rows.bin", dtype="<i8", mode="r")

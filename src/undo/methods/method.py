@@ -41,6 +41,11 @@ class Method(Frozen):
         return False
 
     @property
+    def needs_pairs(self) -> bool:
+        """Whether `objective` reads where a forget document differs from a harmless answer to the same prompt."""
+        return False
+
+    @property
     def forget_terms(self) -> tuple[str, ...]:
         """The terms of `objective` that make the model forget."""
         return ("forget",)

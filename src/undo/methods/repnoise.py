@@ -13,20 +13,27 @@ class RepNoise(OnTop):
     Table 7 calls the weights alpha (noise) and beta (ascent), the code of both papers the other way round: so we give
     them names. Both terms are taken by document, so that micro-batches add up; the published code takes whole batches,
     in which an activation sequence is one point of 10^6 dimensions.
-    This is the unpaired variant: all forget positions. The published one compares a harmful with a harmless answer to
-    the same prompt, and looks at the positions where they differ; packed rows of two corpora keep no such pairs, and on
-    unrelated texts, as in UNDO, that mask comes to all positions.
+
+    Unpaired, as UNDO has it: all forget tokens. `paired`, as published: only those that a harmless answer to the same
+    prompt does not have at the same place (prepare.data.forget.paired_with names its column). Activations are taken
+    where such a token is read, losses where it is said: the published code masks both by what is read, and so leaves
+    out the first token in which the answers differ.
     """
 
     name: Literal["repnoise"] = "repnoise"
     presets: ClassVar = {
         "faithful": {"noise_weight": 1.0, "ascent_weight": 1.0},  # Table 7, D.2.6
-        "official": {"noise_weight": 0.001, "ascent_weight": 1.0},
+        "official": {"noise_weight": 0.001, "ascent_weight": 1.0, "paired": True},
     }
 
     noise_weight: NonNegative = 0.1
     ascent_weight: NonNegative = 0.001
     sample: Count = 128  # positions of a document that are compared with noise, at most
+    paired: bool = False
+
+    @property
+    def needs_pairs(self) -> bool:
+        return self.paired
 
     def objective(self, model, reference, rng):
         import torch
@@ -42,14 +49,18 @@ class RepNoise(OnTop):
         def terms(batch):
             found, forget = base(batch), batch["forget"]
             blocks, mlps = recorded(model, forget)
+            read = said = forget
+            if self.paired:
+                differs = torch.zeros_like(forget.labels, dtype=torch.bool) if forget.marked is None else forget.marked
+                read, said = forget.labelled(differs), forget.labelled(differs.roll(-1, 1))
             if self.noise_weight:
-                noise = noise_distance(mlps, forget, self.sample, seed)
+                noise = noise_distance(mlps, read, self.sample, seed)
                 found["noise"] = self.noise_weight * noise / forget.documents
             if self.ascent_weight:
                 ascent = of_documents(
                     [norm(block) for block in blocks],
                     head(model),
-                    forget,
+                    said,
                     lambda nll, length: torch.log1p((nll / length).mean(0)),
                 )
                 found["ascent"] = -self.ascent_weight * ascent / forget.documents

@@ -15,11 +15,11 @@ from pydantic import Field, model_validator
 
 from undo.config import ROLES, ConfigError, Count, Frozen, Role, RunName, Share, StageConfig
 from undo.prepare_data.arithmetic import OPERATIONS, ArithmeticWorld
-from undo.prepare_data.text import Source
+from undo.prepare_data.text import Paired, Source
 from undo.prepare_data.tokenizer import load_tokenizer, train_byte_pairs, train_words
 from undo.run import Run, write_atomically
 from undo.stage import Stage
-from undo.tokens import WINDOW, WINDOW_TOKENS, StoreWriter, TokenStore, batched, pack
+from undo.tokens import MARK, WINDOW, WINDOW_TOKENS, StoreWriter, TokenStore, batched, pack, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,7 +157,7 @@ def split_text(
     source, (train, validation) = cfg.data[role], (folder / part / role for part in ("train", "validation"))
     if train.exists():
         return [TokenStore(train), TokenStore(validation)]
-    writer = StoreWriter(train, cfg.length, vocab_size)
+    writer = StoreWriter(train, cfg.length, vocab_size, source.paired)
     rng = np.random.default_rng([cfg.seed, ROLES.index(role)])
     state = writer.state or {
         "documents": 0,
@@ -212,13 +212,14 @@ def split_text(
             )
         writer.add([], reached(complete=True))
     print(f"validation/{role}: {sum(map(len, held_out)):,} tokens of at most {cfg.validation_tokens:,}", flush=True)
-    made = store(iter(held_out), validation, cfg.length, vocab_size)  # before the other appears: then both are there
+    # before the other appears: then both are there
+    made = store(iter(held_out), validation, cfg.length, vocab_size, source.paired)
     return [writer.finish(), made]
 
 
-def store(texts: Iterator[np.ndarray], folder: Path, length: int, vocab_size: int) -> TokenStore:
+def store(texts: Iterator[np.ndarray], folder: Path, length: int, vocab_size: int, paired: bool = False) -> TokenStore:
     """Pack documents; what an interrupted run had finished is kept."""
-    return TokenStore(folder) if folder.exists() else pack(texts, folder, length, vocab_size)
+    return TokenStore(folder) if folder.exists() else pack(texts, folder, length, vocab_size, paired)
 
 
 def documents(
@@ -231,6 +232,7 @@ def documents(
 ) -> Iterator[np.ndarray]:
     """<bos> text <eos>, as uint32 arrays; progress is printed, and so stands in the launcher's table.
 
+    Of a pair, the tokens are marked that the other document does not have at the same place.
     `count` documents with `tokens` tokens were read by an earlier attempt. Many texts at a time: the tokenizer then
     works on all cores (its own threads; 1.8 times one core's speed on two).
     """
@@ -242,14 +244,20 @@ def documents(
         speed = (tokens - before) / max(time.monotonic() - begin, 1e-9)
         of = "" if budget is None else f" of {budget:,} ({min(1, tokens / budget):.0%})"
         print(f"{label}: {count:,} documents, {tokens:,}{of} tokens, {speed:,.0f} tokens/s", flush=True)
-        for ids in encoded:
-            yield np.array([bos, *ids, eos], dtype=np.uint32)
+        for text, ids in zip(some, encoded, strict=True):
+            made = np.array([bos, *ids, eos], dtype=np.uint32)
+            if isinstance(text, Paired):
+                other = np.array([bos, *tokenizer(text.other, add_special_tokens=False)["input_ids"], eos])
+                shared = min(len(made), len(other))
+                made[:shared] |= np.where(made[:shared] == other[:shared], 0, MARK).astype(np.uint32)
+                made[shared:] |= np.uint32(MARK)
+            yield made
 
 
 def check_disk(cfg: Prepare, folder: Path) -> None:
     """Say what the text will take. Raises ConfigError if there is no room for it."""
-    width = 2 if isinstance(cfg.tokenizer, Frozen) and cfg.tokenizer.vocab_size <= 1 << 16 else 3
-    sizes = [source.bytes_of_tokens(width) for source in cfg.data.values()]
+    vocabulary = cfg.tokenizer.vocab_size if isinstance(cfg.tokenizer, Frozen) else 1 << 24  # at most, if not known
+    sizes = [source.bytes_of_tokens(token_bytes(vocabulary, source.paired)) for source in cfg.data.values()]
     known, free = sum(size for size in sizes if size is not None), shutil.disk_usage(folder).free
     if cfg.data:
         unknown = " and what has no limit: set data.<role>.tokens" if None in sizes else ""

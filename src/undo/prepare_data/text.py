@@ -20,6 +20,17 @@ from undo.prepare_data.corpora import origin
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".tokens")  # .tokens: WikiText's
 
 
+class Paired(str):
+    """A document, and in `other` the one that another answer to the same prompt makes of it."""
+
+    other: str
+
+    def __new__(cls, text: str, other: str) -> Self:
+        made = super().__new__(cls, text)
+        made.other = other
+        return made
+
+
 class Place(Frozen):
     """Files, or a dataset of the hub, and what is read of them."""
 
@@ -28,6 +39,7 @@ class Place(Frozen):
     subset: str | None = None  # of the hub's dataset
     split: str = "train"  # of the hub's dataset
     column: str | tuple[str, ...] = "text"  # several are joined by a blank line: a question and its answer
+    paired_with: str | tuple[str, ...] | None = None  # column of the same prompt with a harmless answer: for RepNoise
     share: Share = 1.0  # of the documents, drawn at random: a corpus may be sorted by source
     questions: Literal["definitions"] | None = None  # not the documents, but questions and answers made from them
 
@@ -46,13 +58,17 @@ class Place(Frozen):
         for file in found:
             if file.suffix not in SUFFIXES:
                 raise ConfigError(f"{file}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
+            if self.paired_with is not None and file.suffix in (".txt", ".tokens"):
+                raise ConfigError(f"{file}: has no columns, so no paired_with; give .jsonl, .json or .parquet")
             if not file.is_file() or file.stat().st_size == 0:
                 raise ConfigError(f"{file}: is empty or no file")
         return found
 
     def all_texts(self) -> Iterator[str]:
         """The documents that are not blank, `share` of them, in order; the same ones each time."""
-        texts = (text for file in self.files() for text in read(file, self.column)) if self.path else self._stream()
+        texts = self._read(self.column)
+        if self.paired_with is not None:
+            texts = map(Paired, texts, self._read(self.paired_with))
         found, draws = False, np.random.default_rng(42)
         for text in texts:
             if text.strip() and draws.random() < self.share:
@@ -61,7 +77,12 @@ class Place(Frozen):
         if not found:
             raise ConfigError(f"{self.label}: holds no text in column {self.column!r}")
 
-    def _stream(self) -> Iterator[str]:
+    def _read(self, column: str | tuple[str, ...]) -> Iterator[str]:
+        if self.path is None:
+            return self._stream(column)
+        return (text for file in self.files() for text in read(file, column))
+
+    def _stream(self, column: str | tuple[str, ...]) -> Iterator[str]:
         import datasets
         from datasets.exceptions import DatasetNotFoundError
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -74,7 +95,7 @@ class Place(Frozen):
                 self.hub, self.subset, split=self.split, streaming=True, token=find_token("hf_token.txt", "HF_TOKEN")
             )
             for row in rows:
-                yield _text(row, self.column, self.hub)
+                yield _text(row, column, self.hub)
         except GatedRepoError:
             raise ConfigError(
                 f"{self.hub} is gated: ask for access at https://huggingface.co/datasets/{self.hub},\n"
@@ -129,6 +150,10 @@ class Source(Place):
     @property
     def places(self) -> list[Place]:
         return [self] if self.parts is None else [part for part in self.parts.values() if part.proportion > 0]
+
+    @property
+    def paired(self) -> bool:
+        return any(place.paired_with is not None for place in self.places)
 
     def bytes_of_tokens(self, width: int) -> int | None:
         """At most about so much will be stored, `width` bytes a token; None: not known."""
