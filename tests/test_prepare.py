@@ -79,7 +79,7 @@ def test_of_pairs_the_tokens_are_marked_that_the_other_answer_does_not_have(tmp_
         corpus,
         data={"retain": {"path": str(corpus / "retain.jsonl")}, "forget": pairs},
         shortest=5,
-        tokenizer=TOKENS,
+        tokenizer={"name": "byte_pairs", "vocab_size": 280},
     )
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
     assert not TokenStore(run.folder / "train/retain").paired
