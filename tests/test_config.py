@@ -27,9 +27,9 @@ def runs_of(stage: str, *overrides: str, path=None) -> list[StageConfig]:
     return [validate(schema, raw, path.name) for raw in expand(read_yaml(path), parse_overrides(overrides), path.name)]
 
 
-def refusal(*overrides: str, stage: str = "pretrain") -> str:
+def refusal(*overrides: str, stage: str = "pretrain", setting: str = "demo") -> str:
     with pytest.raises(ConfigError) as error:
-        runs_of(stage, *overrides)
+        runs_of(stage, *overrides, path=ROOT / f"configs/{setting}/{stage}.yaml")
     return str(error.value)
 
 
@@ -166,11 +166,31 @@ def test_refusals_of_methods_name_the_key_without_the_union_s_tags():
     assert "unknown key 'method.beta'" in message
     assert "variant=" in refusal("method={name: maxemt}", stage="unlearn")  # all variants have become the same run
     message = refusal("variant=mine", "method={name: maxemt}", stage="unlearn")
-    assert "method" in message
-    assert "maxemt" in message
-    assert "graddiff" in message
+    assert "method: there is no maxemt; there are graddiff, maxent, rmu" in message
     message = refusal("variant=mine", "method={name: rmu, layer: 0, trained_layers: [0, 1]}", stage="unlearn")
-    assert "trained_layers must name blocks up to layer 0" in message
+    assert "method: trained_layers must name blocks up to layer 0" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("{name: sam, rhoo: 1}", "unknown key 'method.rhoo'; did you mean 'method.rho'?"),
+        ("{name: uam, gama: 1}", "did you mean 'method.gamma'?"),
+        ("{name: sam, base: {name: maxent, alhpa: 1}}", "'method.base.alhpa'; did you mean 'method.base.alpha'?"),
+        ("{name: sam, on: total}", "unknown key 'method.true' (YAML reads on and yes as true, off and no as false)"),
+        ("{name: repnoise, alpha: 1}", "keys of method: preset, base, name, noise_weight, ascent_weight"),
+        ("{name: rmu, preset: offical}", "method: there is no preset 'offical'; presets of this method: faithful"),
+        ("{name: sam, base: {name: rmu, preset: x}}", "method.base: there is no preset 'x'"),
+        ("{name: rmu, preset: [official]}", "method.preset: input should be a valid string"),
+    ],
+)
+def test_a_mistyped_key_of_a_method_is_looked_for_in_that_method(method, words):
+    assert words in refusal("variant=mine", f"method={method}", stage="unlearn")
+
+
+def test_a_mistyped_key_of_a_source_is_looked_for_in_a_source():
+    message = refusal("data.forget.pth=x", stage="prepare", setting="language_small")
+    assert "unknown key 'data.forget.pth'; did you mean 'data.forget.path'?" in message
 
 
 @pytest.mark.parametrize(

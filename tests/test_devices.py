@@ -13,15 +13,15 @@ import pytest
 import torch
 from conftest import ROOT, SHAPE, TINY, lively, metrics, run_script, training
 from safetensors.torch import load_file
-from test_train import go, make, sharp_step, stream, two_terms
+from test_train import make, stream
 
 from undo import health, shard
 from undo.evaluate.evaluator import Measured
 from undo.launch import DeviceShare, cores, take_slot
-from undo.methods import NPO, RMU, UNDIAL, GradDiff, MaxEnt, RepNoise, SimNPO
+from undo.methods import NPO, RMU, SAM, UAM, UNDIAL, GradDiff, MaxEnt, RepNoise, SimNPO, Smoothing
 from undo.models import freeze
 from undo.run import Run
-from undo.train import plain, train
+from undo.train import train
 
 NAME = "pretrain/reference-seed_0"
 FINE = [  # an update that does not magnify rounding: Adam's first steps are signs of gradients
@@ -134,6 +134,7 @@ METHODS = {
     "simnpo": SimNPO(),
     "repnoise": RepNoise(),
 }
+MOVING = {"sam": SAM(), "smoothing": Smoothing(sigma=1e-3, samples=2), "uam": UAM(gamma=0.7)}  # whole weights only
 
 
 def unlearn(folder: Path, data, method, divided: bool, stop_at: int | None = None) -> None:
@@ -144,6 +145,7 @@ def unlearn(folder: Path, data, method, divided: bool, stop_at: int | None = Non
     if divided:
         shard.divide(model)
     objective = method.objective(model, freeze(lively(SHAPE.build(0), 2).double()), torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(1)
     streams = {role: stream(data, seed=seed) for seed, role in enumerate(("retain", "forget"))}
 
     def step(gradient):
@@ -151,7 +153,7 @@ def unlearn(folder: Path, data, method, divided: bool, stop_at: int | None = Non
             run.record(0, health.gradient_norms(gradient, method))
         if round(4 * gradient.progress) + 1 == stop_at:
             Run._stop_requested = True
-        return plain(gradient)
+        return method.step(gradient, rng)
 
     def evaluate(*_):
         return Measured({"retain": 0.0, "forget": 0.0}, 1)
@@ -160,14 +162,10 @@ def unlearn(folder: Path, data, method, divided: bool, stop_at: int | None = Non
     run.record(9, {name: float(shard.whole(w).detach().norm()) for name, w in model.named_parameters()})
 
 
-def sharp(folder: Path, data) -> None:
-    """Two gradients a step, the second at weights that the first one moves, by the whole batch's."""
-    go(folder, data, lively(SHAPE.build(0)).double(), objective=two_terms, step=sharp_step)
-
-
 @two_cores
 def test_two_devices_give_every_method_the_same_steps_and_a_divided_checkpoint_serves_one(tmp_path, data):
-    """Sums, not means; the global norm of divided and whole weights; terms alone; a part of the blocks."""
+    """Sums, not means; the global norm of divided and whole weights; terms alone; a part of the blocks; the second
+    gradients of SAM, smoothing and UAM at weights that the whole batch's first one moves."""
     program = f"""
 import os, sys
 from pathlib import Path
@@ -175,12 +173,12 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch; torch.set_num_threads(1)
 from accelerate import PartialState
 PartialState(cpu=True, backend="gloo")
-from test_devices import METHODS, sharp, unlearn
+from test_devices import METHODS, MOVING, unlearn
 from undo.run import Interrupted, RunDirectory
 data = RunDirectory.at(Path({str(data.folder)!r}))
 folder = Path({str(tmp_path)!r}) / ("two-" + os.environ["RANK"])
-sharp(folder / "sharp", data)
-unlearn(folder / "whole", data, METHODS["graddiff"], divided=False)
+for name, method in {{"whole": METHODS["graddiff"], **MOVING}}.items():
+    unlearn(folder / name, data, method, divided=False)
 for name, method in METHODS.items():
     unlearn(folder / name, data, method, divided=True)
 try:
@@ -205,11 +203,10 @@ sys.exit("not interrupted")
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     alone = tmp_path / "one"
-    sharp(alone / "sharp", data)
-    for name, method in METHODS.items():
+    for name, method in (METHODS | MOVING).items():
         unlearn(alone / name, data, method, divided=False)
     unlearn(tmp_path / "two-0/stopped", data, METHODS["graddiff"], divided=False)
-    for name in ["sharp", "whole", *METHODS, "stopped"]:
+    for name in ["whole", *METHODS, *MOVING, "stopped"]:
         expected = metrics(alone / {"stopped": "graddiff", "whole": "graddiff"}.get(name, name) / "tiny/pretrain/x")
         for folder in ["two-0"] if name == "stopped" else ["two-0", "two-1"]:
             found = metrics(tmp_path / folder / name / "tiny/pretrain/x")

@@ -9,7 +9,7 @@ from conftest import SHAPE, execution, lively, metrics, training
 from run_pretrain import Pretrain
 from undo.evaluate.evaluator import Measured
 from undo.losses import cross_entropy, uniform_kl
-from undo.methods import SAM, GradDiff, Smoothing
+from undo.methods import GradDiff, Smoothing
 from undo.run import Diverged, Interrupted, Run
 from undo.tokens import MixedStream, TokenStore
 from undo.train import learning_rate, train
@@ -213,10 +213,6 @@ def two_terms(model):
         "forget": -0.1 * uniform_kl(model, batch["train"]),
         "retain": cross_entropy(model, batch["train"]),
     }
-
-
-def sharp_step(gradient):
-    return SAM(base=GradDiff(), rho=0.1).step(gradient, torch.Generator())
 
 
 def test_a_step_that_draws_is_resumed_bit_by_bit(tmp_path, data, monkeypatch):

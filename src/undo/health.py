@@ -32,7 +32,10 @@ def choose_weights(model: nn.Module, method: Method) -> None:
     for parameter, weight in model.named_parameters():
         weight.requires_grad_(method.trains(parameter))
     if not any(weight.requires_grad for weight in model.parameters()):
-        raise ConfigError("the method trains no parameter of this model: look at method.trained_layers")
+        raise ConfigError(
+            "the method trains no parameter of this model: trained_layers names blocks that it has not, or its blocks "
+            "have no mlp.down_proj"
+        )
 
 
 def gradient_norms(gradient: Gradient, method: Method) -> dict[str, float]:

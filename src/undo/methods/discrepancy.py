@@ -19,7 +19,7 @@ def noise_distance(activations: Sequence[Tensor], tokens: Tokens, sample: int, s
     _, sizes = tokens.at_labels(tokens.document).unique_consecutive(return_counts=True)
     ids = tokens.at_labels(tokens.input_ids).cpu().split(counts := sizes.tolist())
     documents = zip(*(tokens.at_labels(a).float().split(counts) for a in activations), strict=True)
-    total = activations[0].new_zeros((), dtype=torch.float32)
+    total = torch.stack([a[:0].float().sum() for a in activations]).sum()  # 0, with a gradient: no document may count
     for own, layers in zip(ids, documents, strict=True):
         rng = torch.Generator().manual_seed((seed + zlib.crc32(own.numpy().tobytes())) % 2**63)
         chosen = torch.randperm(len(own), generator=rng)[:sample]

@@ -29,7 +29,7 @@ class MaxEnt(Weighted):
 
     @property
     def zero_at_first(self) -> tuple[str, ...]:
-        return ("retain",) if self.retain == "kl" else ()
+        return ("retain",) if self.retain == "kl" and self.alpha else ()
 
     def objective(self, model, reference, rng):
         from undo.losses import cross_entropy, forward_kl, uniform_kl
@@ -40,10 +40,13 @@ class MaxEnt(Weighted):
             assert reference is not None
             return forward_kl(model, reference, tokens)
 
-        return lambda batch: {
-            "uniform": self.forget_weight * uniform_kl(model, batch["forget"]),
-            "retain": self.alpha * retain(batch["retain"]),
-        }
+        def terms(batch):
+            found = {"uniform": self.forget_weight * uniform_kl(model, batch["forget"])}
+            if self.alpha:
+                found["retain"] = self.alpha * retain(batch["retain"])
+            return found
+
+        return terms
 
     def flops_per_token(self, model: Shape, length: int) -> int:
         return round((3.5 if self.retain == "kl" else 3) * model.forward_flops(length))  # the reference on half of them

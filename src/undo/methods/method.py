@@ -29,7 +29,7 @@ class Method(Frozen):
     @classmethod
     def _fill_in_the_preset(cls, values: Any) -> Any:
         name = values.get("preset") if isinstance(values, dict) else None
-        if name is None:
+        if not isinstance(name, str):  # None, or a mistake that is named as one of type
             return values
         if name not in cls.presets:
             raise ValueError(f"there is no preset {name!r}; presets of this method: {', '.join(cls.presets) or 'none'}")

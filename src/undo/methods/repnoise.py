@@ -18,6 +18,11 @@ class RepNoise(OnTop):
     prompt does not have at the same place (prepare.data.forget.paired_with names its column). Activations are taken
     where such a token is read, losses where it is said: the published code masks both by what is read, and so leaves
     out the first token in which the answers differ.
+
+    Further from the published code: its lens also reads the embeddings, and counts the final loss twice; its base is
+    cross entropy on harmless answers alone, so `official` is its weights and its pairs, on top of `base`. Here both
+    terms keep their weight whatever `base` does: the authors of UNDO put them inside the forget term, so that on WMDP
+    they are multiplied by (1 - alpha).
     """
 
     name: Literal["repnoise"] = "repnoise"

@@ -12,6 +12,8 @@ class RMU(Weighted, OnBlocks):
     On forget tokens the output of block `layer` is pushed to c u, u a random unit vector; on retain tokens it is held
     to the reference model's. Only mlp.down_proj of the blocks `trained_layers` is trained. On WMDP (D.2.3) the loss is
     (1 - alpha) L_misdirect + alpha L_preserve: `convex`.
+    The paper's end layer is `layer`. In its code that is an index into hidden_states, so the code pushes the block
+    below, and the last trained block has no gradient: `layer: 10` with trained_layers 5 to 10 is what the code did.
     `direction`: u from a normal distribution (authors of UNDO), or from U[0, 1), which is nearly the all-ones vector
     (Li et al.'s code). `coefficient: adaptive`: c is multiplied by the norm of the reference's activation at that token
     (Adaptive RMU; its code takes one mean norm from the first batch, padding included).
@@ -50,7 +52,7 @@ class RMU(Weighted, OnBlocks):
 
     @property
     def zero_at_first(self) -> tuple[str, ...]:
-        return ("preserve",)
+        return ("preserve",) if self.alpha else ()
 
     def objective(self, model, reference, rng):
         import torch
@@ -63,17 +65,20 @@ class RMU(Weighted, OnBlocks):
         direction = draw(model.config.hidden_size, generator=rng)
         push = (self.c * direction / direction.norm()).to(model.device)
 
+        @torch.no_grad()
+        def activations(of, tokens):
+            return hidden_states(of, tokens, self.layer)
+
         def terms(batch):
-            with torch.no_grad():
-                kept, target = hidden_states(reference, batch["retain"], self.layer), push
-                if self.coefficient == "adaptive":
-                    norms = hidden_states(reference, batch["forget"], self.layer).float().norm(dim=-1, keepdim=True)
-                    target = norms * push
+            target = push
+            if self.coefficient == "adaptive":
+                target = activations(reference, batch["forget"]).float().norm(dim=-1, keepdim=True) * push
             forget = hidden_states(model, batch["forget"], self.layer)
-            retain = hidden_states(model, batch["retain"], self.layer)
-            return {
-                "misdirect": self.forget_weight * activation_mse(forget, target, batch["forget"]),
-                "preserve": self.alpha * activation_mse(retain, kept, batch["retain"]),
-            }
+            found = {"misdirect": self.forget_weight * activation_mse(forget, target, batch["forget"])}
+            if self.alpha:
+                kept, retain = activations(reference, batch["retain"]), batch["retain"]
+                held = activation_mse(hidden_states(model, retain, self.layer), kept, retain)
+                found["preserve"] = self.alpha * held
+            return found
 
         return terms

@@ -11,12 +11,19 @@ class SAM(OnTop):
     ascent: forget   g = grad L_forget(w); the step is grad L_forget(w + rho g / ||g||) + grad L_retain(w): Fan et al.
                      (2025)
     ascent: total    g = grad L(w), and the step is grad L(w + rho g / ||g||): the authors of UNDO
+
+    `official` is on NPO with the values of its code. Its NLL is a mean over the batch; that of NPO here is a document's
+    sum.
     """
 
     name: Literal["sam"] = "sam"
     presets: ClassVar = {
         "faithful": {"ascent": "total", "rho": 0.01},  # Table 8, D.2.6, and the code behind them
-        "official": {"ascent": "forget", "rho": 0.01},
+        "official": {
+            "ascent": "forget",
+            "rho": 0.01,
+            "base": {"name": "npo", "beta": 0.015, "retain_weight": 2.25},
+        },
     }
 
     rho: NonNegative = 0.01
@@ -36,10 +43,15 @@ class SAM(OnTop):
 
 
 class Smoothing(OnTop):
-    """Random smoothing (Fan et al. 2025): the forget gradient is the mean over `samples` of w + sigma N(0, 1)."""
+    """Random smoothing (Fan et al. 2025): the forget gradient is the mean over `samples` of w + sigma N(0, 1).
+
+    `faithful` is on NPO with the values of its code, as in SAM's `official`.
+    """
 
     name: Literal["smoothing"] = "smoothing"
-    presets: ClassVar = {"faithful": {"sigma": 1e-4, "samples": 3}}
+    presets: ClassVar = {
+        "faithful": {"sigma": 1e-4, "samples": 3, "base": {"name": "npo", "beta": 0.0125, "retain_weight": 2.0}}
+    }
 
     sigma: Positive = 1e-4
     samples: Count = 3

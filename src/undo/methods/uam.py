@@ -16,12 +16,14 @@ class UAM(Method):
     to 0. `loss: representation` measures both losses at the output of block `layer`, as squared distance to the start
     model's, and trains as RMU does; there the distance is 0 at first, and so would be its gradient: so the start
     model's activations are moved by `offset` in a random direction. `loss: cross_entropy` needs neither.
+    No rho is published for language models, nor `offset`: the defaults are ours.
     """
 
     name: Literal["uam"] = "uam"
     presets: ClassVar = {
-        "faithful": {"gamma": 1.0},  # eq. 15 to the letter
+        "faithful": {"gamma": 1.0},  # eq. 15 to the letter; its losses at a layer are `language_model`'s
         "official": {"gamma": 0.0},
+        # "we set beta = 1.05": no beta is in Algorithm 2, and gamma is what it can mean
         "language_model": {"gamma": 1.05, "loss": "representation", "layer": 7, "trained_layers": [5, 6, 7]},
     }
 
