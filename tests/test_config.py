@@ -280,7 +280,7 @@ def test_experiments_beside_the_main_one(tmp_path, monkeypatch):
     assert planned("--only", "relearn/*") == {name for name in main if name in planned("--only", "relearn/*")}
     picked = planned("--only", "relearn/sam-*")
     assert {name.partition("/")[0] for name in picked} == {"prepare", "pretrain", "unlearn", "relearn"}
-    with pytest.raises(ConfigError, match=r"no <stage>_robst\.yaml; there is: robust"):
+    with pytest.raises(ConfigError, match=r"no <stage>_robst\.yaml; there is: grid, robust, search"):
         planned("--with", "robst")
     shutil.copy(folder / "unlearn.yaml", folder / "unlearn_again.yaml")
     with pytest.raises(ConfigError, match=r"is a run of .*unlearn\.yaml already"):
