@@ -4,7 +4,9 @@ import pytest
 from made_up import World
 
 from undo.claims import CLAIMS, as_rows, check
+from undo.report import report
 from undo.results import pareto_front
+from undo.tables import beaten
 
 
 def verdicts(world) -> dict[str, str]:
@@ -100,6 +102,23 @@ def test_lower_is_better_for_cross_entropy(tmp_path):
     world.model("distill/d", "distilled", 6.0, retain=4.1, teacher="unlearn/m")
     assert verdicts(world)[sentence("Distilling an unlearned")] == "holds"
     assert verdicts(world)[sentence("A distilled student reaches")] == "holds"
+
+
+def test_who_beats_undo_is_said(world):
+    noise = {"alpha": 0.6, "beta": 0.1}
+    world.model("undo/a", "undo_0.6", 0.4, retain=0.8, teacher="unlearn/m", noise=noise)
+    world.model(
+        "unlearn/a", "npo", 0.2, retain=0.8, method={"name": "npo"}, training={"learning_rate": 1e-3}, reference="x"
+    )
+    world.model(
+        "unlearn/b", "sam", 0.1, retain=0.7, method={"name": "sam"}, training={"learning_rate": 1e-3}, reference="x"
+    )
+    assert beaten(world.results()).splitlines()[2:] == [
+        "| 0 | undo_0.6 | 0.800 | 0.000 | nobody |",
+        "| 40 | undo_0.6 | 0.800 | 0.267 | npo (0.800, 0.133) |",
+        "| 500 | undo_0.6 | 0.800 | 0.400 | npo (0.800, 0.200) |",
+    ]
+    assert "## Who beats UNDO (Figures 7 and 11)" in report(world.results(), [], [], [])
 
 
 def test_pareto_front_by_hand():

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import mean, median
+from statistics import mean
 from typing import Final, Literal
 
 from undo.paper import MMLU_LOST
@@ -191,13 +191,7 @@ def undo_is_on_the_front(strength: Literal["moderate", "whole"]) -> Callable[[Re
         if len(steps) < 3:
             return
         step = steps[1 if strength == "moderate" else 2]
-        medians = {
-            label: (
-                median(a.model.facts["evaluation"]["retain"] for a in members),
-                median(a.worst_case[step] for a in members),
-            )
-            for label, members in results.compared.items()
-        }
+        medians = results.medians(step)
         ours = [label for label in medians if label.startswith("undo_")]
         if not ours or len(ours) == len(medians):
             return

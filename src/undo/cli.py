@@ -44,7 +44,7 @@ def check_extra(names: Sequence[str], found: Sequence[Path]) -> None:
         if name not in there:
             folder = found[0].parent
             raise ConfigError(
-                f"--with {name}: {folder} holds no <stage>_{name}.yaml; there is: {', '.join(there) or 'none'}"
+                f"--with {name}: {folder} holds no <stage>_{name}.yaml; there is: {', '.join(sorted(there)) or 'none'}"
             )
 
 

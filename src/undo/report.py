@@ -11,7 +11,7 @@ from undo.claims import HEADER, Checked, as_rows
 from undo.display import si
 from undo.experiment import STAGES
 from undo.results import COLUMNS, Result, Results, as_text
-from undo.tables import after_noise, choices, compute, markdown, points, unlearning_sweep
+from undo.tables import after_noise, beaten, choices, compute, markdown, points, unlearning_sweep
 
 
 def report(results: Results, checked: Sequence[Checked], figures: Iterable[Path], missing: Iterable[str]) -> str:
@@ -27,6 +27,8 @@ def report(results: Results, checked: Sequence[Checked], figures: Iterable[Path]
         "P_unlearned), P = forget_last.\nsteps and flops are those of the run that made the model.\n"
     )
     parts += ["## The paper's claims on these runs\n", markdown(HEADER, as_rows(checked))]
+    if found := beaten(results):
+        parts += ["## Who beats UNDO (Figures 7 and 11)\n", found]
     parts.append("## Figures\n")
     parts += [f"![{path.stem}]({path.parent.name}/{path.name})\n" for path in figures]
     parts += [f"- {line}\n" for line in missing]
@@ -67,6 +69,8 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> str:
         if not values:
             return "-"
         digits = 0 if column == "steps" else 3
+        if len(values) == 1:
+            return f"{values[0]:.{digits}f} (one seed)"
         return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
     table = markdown(("model", *columns), ((model, *(cell(model, column) for column in columns)) for model in models))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Final, get_args
 
 from undo.config import Raw
@@ -183,6 +183,17 @@ class Results:
                 groups.setdefault(a.label, []).append(a)
         return groups
 
+    def medians(self, step: int) -> dict[str, tuple[float, float]]:
+        """Of all `compared`, over seeds: retain performance before the attack, worst-case forget performance after
+        `step` steps of it."""
+        return {
+            label: (
+                median(a.model.facts["evaluation"]["retain"] for a in members),
+                median(a.worst_case[step] for a in members),
+            )
+            for label, members in self.compared.items()
+        }
+
     def compute(self, attacked: Attacked) -> float | None:
         """S_student / S_oracle, S = training steps (Figure 5); None without the oracle."""
         oracle = self.oracle_of(attacked)
@@ -220,13 +231,17 @@ class Results:
 
 def pareto_front(points: Mapping[str, tuple[float, float]], higher_is_better: bool) -> list[str]:
     """Which (retain, forget) performances no other one beats: better on retain and worse on forget, or equal in one."""
-    sign = 1 if higher_is_better else -1
-    merits = {label: (sign * retain, -sign * forget) for label, (retain, forget) in points.items()}
     return [
         label
-        for label, mine in merits.items()
-        if not any(other[0] >= mine[0] and other[1] >= mine[1] and other != mine for other in merits.values())
+        for label, mine in points.items()
+        if not any(beats(other, mine, higher_is_better) for other in points.values())
     ]
+
+
+def beats(one: tuple[float, float], other: tuple[float, float], higher_is_better: bool) -> bool:
+    """Whether `one`, (retain, forget), is better than `other` in one of the two and not worse in any."""
+    sign = 1 if higher_is_better else -1
+    return one != other and sign * one[0] >= sign * other[0] and sign * one[1] <= sign * other[1]
 
 
 def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> None:

@@ -17,7 +17,7 @@ from undo.paper import (
     Sweep,
 )
 from undo.prepare_models import ReducedGemma2
-from undo.results import Result, Results
+from undo.results import Result, Results, beats
 from undo.selection import RANKS
 from undo.stage import Stage
 
@@ -180,6 +180,24 @@ def points(results: Results) -> str | None:
     start = [f"{results.start[role]:.3f}" for role in ("retain", "forget")] if results.start else []
     header = ("method", "rank by retain", "alpha, rate", "paper", "retain", "forget")
     return markdown(header, [*([("before", "", "", "", *start)] if start else []), *rows]) if rows else None
+
+
+def beaten(results: Results) -> str:
+    """Each UNDO of Figures 7 and 11 at each strength of attack, and who beats it: medians over seeds."""
+    higher, rows = bool(results.attacked) and results.attacked[0].model.higher_is_better, []
+    for step in results.attack_steps if results.compared else ():
+        points = results.medians(step)
+        for label, mine in points.items():
+            if label.startswith("undo_"):
+                better = [
+                    f"{other} ({retain:.3f}, {forget:.3f})"
+                    for other, (retain, forget) in points.items()
+                    if not other.startswith("undo_") and beats((retain, forget), mine, higher)
+                ]
+                rows.append((str(step), label, f"{mine[0]:.3f}", f"{mine[1]:.3f}", ", ".join(better) or "nobody"))
+    return markdown(
+        ("relearning steps", "UNDO", "retain", "forget", "beaten on both by (retain, forget)"), rows
+    ) * bool(rows)
 
 
 def choices(results: Results) -> str | None:
