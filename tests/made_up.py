@@ -15,7 +15,8 @@ class World:
     def __init__(self, folder, evaluation="accuracy", setting="made"):
         self.folder, self.evaluation, self.setting = folder, evaluation, setting
 
-    def run(self, name, variant, retain=0.9, forget=0.0, steps=100, seed=0, curve=None, **config):
+    def run(self, name, variant, retain=0.9, forget=0.0, steps=100, seed=0, curve=None, also=None, **config):
+        """`also`: further facts of run.json."""
         folder = self.folder / self.setting / name
         folder.mkdir(parents=True)
         base = {"seed": seed, "variant": variant, "evaluation": {"name": self.evaluation}, "retain_threshold": 0.05}
@@ -23,7 +24,7 @@ class World:
         facts = {"evaluation": {"retain": retain, "forget": forget}, "steps": steps, "flops": 1.0, "parents": {}}
         facts |= {"finished": "2026-11-21T10:00:00+00:00", "seconds": 60.0, "device": "a card", "threads": 1}
         facts |= {"versions": {"torch": "2.15.0"}, "git_revision": "0123456789abcdef+", "tokens": 10 * steps}
-        facts |= {"peak_rss_bytes": 2**30, "peak_device_bytes": None}
+        facts |= {"peak_rss_bytes": 2**30, "peak_device_bytes": None, **(also or {})}
         (folder / "run.json").write_text(json.dumps(facts))
         curve = curve or {0: forget}
         lines = [json.dumps({"step": s, "retain": retain, "forget": f}) + "\n" for s, f in curve.items()]

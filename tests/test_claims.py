@@ -96,6 +96,16 @@ def test_maxent_against_ln_v(tmp_path, forget, verdict):
     assert verdicts(world)[sentence("MaxEnt leaves")] == verdict
 
 
+def test_the_vocabulary_of_a_base_model_is_in_its_facts(tmp_path):
+    """Its config says which model it is, no more."""
+    world = World(tmp_path, "cross_entropy")
+    world.run("base/model", "", model="owner/name", also={"vocab_size": 1000})
+    world.run("unlearn/m", "maxent", forget=6.8, method={"name": "maxent"}, reference="base/model")
+    world.run("undo/a", "undo_0.6", teacher="unlearn/m", noise={"alpha": 0.6, "beta": 0.1})
+    (row,) = [row for row in as_rows(check(world.results())) if row[1] == sentence("MaxEnt leaves")]
+    assert row[2:] == ("seed 0: 6.80 of ln V = 6.91", "1 of 1", "holds")
+
+
 def test_lower_is_better_for_cross_entropy(tmp_path):
     world = World(tmp_path, "cross_entropy")
     world.model("unlearn/m", "unlearned", 3.0, retain=4.0, method={"name": "rmu"}, reference="x")

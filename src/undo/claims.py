@@ -180,7 +180,10 @@ def maxent_is_near_uniform(results: Results) -> Iterable[Observation]:
 
 def _vocabulary(results: Results, run: Result) -> int:
     reference = results.named(run.config["reference"])
-    return 256_000 if reference is None else reference.config["model"]["vocab_size"]
+    if reference is None:
+        return 256_000
+    model = reference.config["model"]
+    return reference.facts["vocab_size"] if isinstance(model, str) else model["vocab_size"]  # a base model's is a name
 
 
 def undo_is_on_the_front(strength: Literal["moderate", "whole"]) -> Callable[[Results], Iterable[Observation]]:
