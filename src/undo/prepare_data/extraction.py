@@ -26,7 +26,7 @@ from undo.config import ConfigError
 from undo.display import duration
 from undo.prepare_data.corpora import ALL, origin
 from undo.prepare_data.ledger import Ledger, Settings, kind
-from undo.prepare_data.passages import Passage, names, passages
+from undo.prepare_data.passages import SHORTEST, Passage, names, passages
 from undo.prepare_data.questions import PROMPT, parse, prompt
 from undo.prepare_data.text import Source
 from undo.prepare_data.writers import (
@@ -40,8 +40,6 @@ from undo.prepare_data.writers import (
     find_key,
 )
 
-SHORTEST: Final = 200  # characters of a passage
-PROSE: Final = 0.7  # at least this share of a passage is letters and blanks; what has less is a table or code
 IN_A_ROW: Final = 5  # passages that fail one after the other, and we stop
 CHARACTERS_PER_TOKEN: Final = 4  # of English text, about; for estimates only
 TOKENS_PER_QUESTION: Final = 70  # with its answer and the JSON around them, about
