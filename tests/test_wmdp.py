@@ -11,21 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHAPE, run_script
+from conftest import ROOT, SHAPE, lively, run_script, training
 from made_up import World
 from omegaconf import OmegaConf
+from test_architectures import CPU, build
 
 import run_all
 import run_wmdp
+from run_relearn import Relearn, relearn
 from undo.claims import check
-from undo.config import ConfigError, read_yaml, validate
+from undo.config import ConfigError, as_raw, read_yaml, validate
+from undo.evaluate import TokenCrossEntropy
 from undo.figures import draw, figures_of
-from undo.models import load, save
+from undo.models import load, place, save
 from undo.noise import Noise
 from undo.pretrained import Base, fetch
 from undo.report import report
 from undo.run import Run
 from undo.selection import FILE, RANKS, Point, across_the_frontier
+from undo.stage import generator
 
 THINGS = {
     "forget": ["firewall", "cipher", "token", "proxy", "sandbox", "salt", "nonce", "digest", "honeypot", "patch"],
@@ -225,12 +229,22 @@ def test_a_local_model_is_linked_and_loads(tmp_path, data):
         assert torch.equal(ours, theirs)
 
 
+def test_a_causal_model_may_have_another_name(tmp_path, data):
+    save(build("gpt2"), data.folder / "tokenizer", tmp_path / "mine")
+    run = base(tmp_path / "mine", tmp_path / "runs")
+    assert run.facts["architecture"] == "GPT2LMHeadModel"
+    assert run.facts["vocab_size"] == load(run.model).config.vocab_size
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
         ({}, "holds no config.json"),
         ({"config.json": "{"}, "is not JSON"),
-        ({"config.json": '{"architectures": ["BertForMaskedLM"]}'}, "no causal language model"),
+        ({"config.json": "[]"}, "is no mapping"),
+        ({"config.json": '{"architectures": ["BertForMaskedLM"]}'}, "is a BertForMaskedLM, no causal language model"),
+        ({"config.json": "{}"}, "no causal language model"),
+        ({"config.json": '{"architectures": ["Gemma3ForConditionalGeneration"]}'}, "has no vocab_size"),
         ({"config.json": '{"architectures": ["LlamaForCausalLM"], "vocab_size": 8}'}, "holds no .safetensors"),
     ],
 )
@@ -342,9 +356,32 @@ def test_other_settings_have_no_figure_of_wmdp(tmp_path):
     assert not {"fig8", "fig11"} & set(figures_of(made.results()))
 
 
-def test_shrink_perturb_before_an_attack_moves_the_model_it_starts_from(data):
-    """Noise of the run's own generator; beta 0 only shrinks."""
-    model, before = SHAPE.build(0), SHAPE.build(0)
-    Noise(alpha=0.05, beta=0.0).apply(model, SHAPE.build(1), torch.Generator())
-    for moved, was in zip(model.parameters(), before.parameters(), strict=True):
-        torch.testing.assert_close(moved, 0.95 * was)
+def test_shrink_perturb_moves_the_model_that_an_attack_starts_from(data):
+    """What it finds at step 0 is that model, shrunk and perturbed by the config's alpha and beta, or left alone."""
+    start = Run(data.runs, "tiny", "unlearn/to-be-perturbed")
+    start.folder.mkdir(parents=True)
+    save(lively(SHAPE.build(0)), data.folder / "tokenizer", start.model)
+    measure = TokenCrossEntropy().load(data, CPU)
+
+    def attacked(name: str, **more: object) -> tuple[Relearn, dict[str, float]]:
+        raw = {"name": name, "data": "prepare/data", "model": start.name, "mixture": {"forget": 1.0}}
+        raw |= {"training": as_raw(training(steps=1)), "evaluation": {"name": "cross_entropy"}, **more}
+        config, run = validate(Relearn, raw, "here"), Run(data.runs, "tiny", f"relearn/{name}")
+        run.claim(config)
+        run.open(config)
+        relearn(config, run)
+        first = run.evaluations()[0]
+        return config, {role: first[role] for role in ("retain", "forget")}
+
+    def expected(noise: Noise | None, config: Relearn) -> dict[str, float]:
+        model = place(load(start.model), CPU)
+        if noise is not None:
+            noise.apply(model, SHAPE.build(1), generator(config.seed_for("noise")))
+        with torch.no_grad():
+            return measure(model, True).values
+
+    config, unperturbed = attacked("unperturbed")
+    assert unperturbed == expected(None, config)
+    for alpha, beta in ((0.05, 0.1), (0.05, 2.0), (0.3, 0.1)):
+        config, perturbed = attacked(f"perturbed-{alpha}-{beta}", noise={"alpha": alpha, "beta": beta})
+        assert perturbed == expected(Noise(alpha=alpha, beta=beta), config) != unperturbed

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from undo.config import ConfigError, StageConfig
 from undo.prepare_models import ReducedGemma2
@@ -37,8 +38,11 @@ def fetch(cfg: Base, run: Run) -> None:
     run.finish(source=str(folder), architecture=facts["architectures"][0], vocab_size=facts["vocab_size"])
 
 
-def read_config(folder: Path) -> dict:
-    """A model folder's config.json. Raises ConfigError if it is none of a causal language model."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json. Raises ConfigError if it is none of a causal language model that is supported.
+
+    The library's own list decides: GPT-2's class is a GPT2LMHeadModel.
+    """
     try:
         facts = json.loads((folder.expanduser() / "config.json").read_text())
     except OSError:
@@ -47,9 +51,15 @@ def read_config(folder: Path) -> dict:
         ) from None
     except ValueError:
         raise ConfigError(f"model: {folder / 'config.json'} is not JSON") from None
-    kinds = facts.get("architectures") or ["unknown"]
-    if not kinds[0].endswith("ForCausalLM"):
-        raise ConfigError(f"model: {folder} is a {kinds[0]}, no causal language model")
+    if not isinstance(facts, dict):
+        raise ConfigError(f"model: {folder / 'config.json'} is no mapping; give a model folder of the library's")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kinds = facts.get("architectures") or ["model of an unknown architecture"]
+    if kinds[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ConfigError(f"model: {folder} is a {kinds[0]}, no causal language model that transformers knows")
+    if not isinstance(facts.get("vocab_size"), int):  # of a model of several parts, too, which has it further down
+        raise ConfigError(f"model: {folder / 'config.json'} has no vocab_size; give a model of text alone")
     return facts
 
 
