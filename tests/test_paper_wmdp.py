@@ -5,6 +5,7 @@ from conftest import ROOT
 
 import run_all
 from undo.experiment import Costs, plan, sources
+from undo.pretrained import known_shape
 
 TABLE_10 = {
     "bio": {
@@ -75,7 +76,7 @@ def configs(planned, stage) -> list:
 def test_the_model_and_the_evaluation(planned, domain):
     (base,) = configs(planned, "base")
     assert base.model == "google/gemma-2-2b"
-    assert base.shape.parameters == 2_614_341_888  # as the hub counts them
+    assert known_shape(base.model).parameters == 2_614_341_888  # as the hub counts them
     for stage in ("unlearn", "undo", "relearn"):
         for config in configs(planned, stage):
             retain, forget = config.evaluation.retain, config.evaluation.forget
@@ -159,6 +160,22 @@ def test_table_12_adversaries(planned):
     assert len(attacks) == len(by_model) * len(wanted) == 48 * 23
     made = {run.name for stage in ("unlearn", "undo") for run in planned[stage]}
     assert set(by_model) == {name for name in made if "undo_maxent_" not in name}
+
+
+def test_a_model_is_asked_once(planned):
+    """The evaluation after a stage is step 0 of what starts from its model, if both name the same data."""
+    shared = {
+        (config.validated_on, config.evaluation, config.training.precision)
+        for stage in ("unlearn", "undo", "relearn")
+        for config in configs(planned, stage)
+    }
+    assert len(shared) == 1
+
+
+def test_attacks_leave_nothing_on_the_disk_but_numbers(planned):
+    for config in configs(planned, "relearn"):
+        assert not config.save_model
+        assert config.execution.checkpoint_every >= config.training.steps
 
 
 def test_a_run_of_undo_costs_what_the_reference_counts(planned, domain):

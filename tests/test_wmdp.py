@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ from run_relearn import Relearn, relearn
 from undo.claims import check
 from undo.config import ConfigError, as_raw, read_yaml, validate
 from undo.evaluate import TokenCrossEntropy
+from undo.experiment import Costs
 from undo.figures import draw, figures_of
+from undo.memory import MODELS
 from undo.models import load, place, save
 from undo.noise import Noise
 from undo.pretrained import Base, fetch
@@ -210,9 +214,9 @@ def test_no_choice_without_a_frontier(made, words):
 # --- the base model ------------------------------------------------------------------------------------------------
 
 
-def base(model: object, folder: Path) -> Run:
+def base(model: object, folder: Path, setting: str = "made") -> Run:
     config = validate(Base, {"name": "model", "model": str(model)}, "base.yaml")
-    run = Run(folder, "made", "base/model")
+    run = Run(folder, setting, "base/model")
     run.claim(config)
     run.open(config)
     config.check()
@@ -263,6 +267,39 @@ def test_model_is_said_once_for_the_weights_and_the_tokenizer(tmp_path):
     assert "model: mine holds no config.json" in listed.stderr
     refused = run_script("run_wmdp.py", "wmdp_small", "model=./mine", "--dry-run")
     assert "wmdp_small pretrains its own" in refused.stderr
+
+
+def test_costs_are_those_of_the_model(tmp_path, data):
+    """Of the folder that `model=` names, of the one that was linked, of the hub's where it is known, or of none."""
+    folder, runs = ROOT / "configs/wmdp_bio", tmp_path / "runs"
+    save(SHAPE.build(0), data.folder / "tokenizer", tmp_path / "mine")
+
+    def flops(model: str, *stages: str) -> float | None:
+        overrides = [f"base.model={model}", f"prepare.tokenizer={model}"]
+        args = SimpleNamespace(overrides=overrides, extra=(), only=None, runs=runs)
+        planned, _ = run_all.planned_in(folder, args, stages)
+        cost = Costs(planned, folder, model).of(next(run for run in planned if run.name.startswith("undo/")))
+        return None if cost is None else cost.flops
+
+    tokens = 2664 * 110 * 1024
+    before = flops(str(tmp_path / "mine"), "base", "unlearn", "undo")
+    assert before == 4 * SHAPE.forward_flops(1024) * tokens
+    assert (
+        flops("google/gemma-2-2b", "base", "unlearn", "undo") == 4 * MODELS["gemma-2-2b"].forward_flops(1024) * tokens
+    )
+    for stages in (("base", "unlearn", "undo"), ("undo",)):
+        assert flops("owner/unknown", *stages) is None
+        assert flops("google/gemma-3-270m", *stages) == 4 * MODELS["gemma-3-270m"].forward_flops(1024) * tokens
+    base(tmp_path / "mine", runs, "wmdp_bio")
+    assert flops(str(tmp_path / "mine"), "undo") == before
+
+
+def test_a_cost_that_nobody_knows_is_no_number(tmp_path):
+    args = ("--dry-run", "--stage", "undo", "--only", "*undo_rmu-seed_0", "--runs", str(tmp_path))
+    listed = run_script("run_wmdp.py", "wmdp_bio", "model=owner/unknown", *args)
+    assert listed.returncode == 0, listed.stderr
+    assert re.search(r"undo/undo_rmu-seed_0 .* to do +- +- +-", listed.stdout)
+    assert "without 1 run of a model whose size is not known" in listed.stdout
 
 
 def test_one_base_model_serves_all_seeds(tmp_path):

@@ -16,7 +16,7 @@ from undo.display import LiveTable, si
 from undo.experiment import Cost, Costs, PlannedRun, check, find_configs, jobs, pick, plan, wanted
 from undo.launch import run_jobs
 from undo.run import INTERRUPTED, Follower, Interrupted, Run
-from undo.stage import Stage
+from undo.stage import Stage, TrainingStage
 
 EXAMPLE = "example: %(prog)s demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"
 
@@ -70,7 +70,7 @@ def launch(args: argparse.Namespace, planned: Callable[[argparse.Namespace], tup
     """Plan, check, run, report -> the exit status."""
     runs, configs = planned(args)
     if args.dry_run:
-        show(runs, Costs(runs, configs))
+        show(runs, Costs(runs, configs, parse_overrides(args.overrides).get("base.model")))
         return 0
     check(runs, args.force)
     with LiveTable(runs) as display:
@@ -103,18 +103,25 @@ def show(runs: Sequence[PlannedRun], costs: Costs) -> None:
         table.add_column(column, overflow="fold")
     for column in ("tokens", "FLOPs", "H200 h"):
         table.add_column(column, justify="right")
-    total = Cost(0, 0.0)
+    total, unknown = Cost(0, 0.0), 0
     for run in runs:
         cost = costs.of(run)
-        cells = ("", "", "") if cost is None else (si(cost.tokens), si(cost.flops), f"{cost.h200_hours:.2f}")
-        total = total if cost is None else Cost(total.tokens + cost.tokens, total.flops + cost.flops)
+        if cost is not None:
+            cells = si(cost.tokens), si(cost.flops), f"{cost.h200_hours:.2f}"
+            total = Cost(total.tokens + cost.tokens, total.flops + cost.flops)
+        else:
+            trains = isinstance(run.config, TrainingStage)
+            cells = ("-" * trains,) * 3
+            unknown += trains
         state = "done" if run.directory.done else "to do"
         table.add_row(run.name, ", ".join(run.config.parents()), state, *cells)
     console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(table)
     console.print(
         f"{len(runs)} runs; training at most: {si(total.tokens)}tokens, {si(total.flops)}FLOP, "
-        f"{total.h200_hours:.2f} hours of one H200 (modelled, at a quarter of its peak)",
+        f"{total.h200_hours:.2f} hours of one H200 (modelled, at a quarter of its peak)"
+        + f"; without {unknown} run{'s' * (unknown > 1)} of a model whose size is not known before it is fetched"
+        * bool(unknown),
         highlight=False,
     )
 

@@ -8,18 +8,22 @@ from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 from undo.config import ConfigError, Raw, StageConfig, expand, read_yaml, validate
 from undo.launch import DeviceShare, Job, check_devices
 from undo.prepare_models import ReducedGemma2
+from undo.pretrained import known_shape
 from undo.run import RunDirectory
 from undo.selection import chosen_points
+from undo.shape import Shape
 from undo.stage import Stage, TrainingStage
 from undo.tracking import check_token
 
 CONFIGS: Final = (Path("configs"), Path(__file__).parents[2] / "configs")  # here, or in the checkout
 STAGES: Final = ("prepare", "base", "pretrain", "unlearn", "distill", "undo", "relearn")  # in the order of the pipeline
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -245,10 +249,12 @@ class Cost(NamedTuple):
 class Costs:
     """What planned runs cost, from the configs alone: a run's model is found by following its parents."""
 
-    def __init__(self, planned: Sequence[PlannedRun], setting_folder: Path) -> None:
+    def __init__(self, planned: Sequence[PlannedRun], setting_folder: Path, base: str | None = None) -> None:
+        """`base`: the model of a base run that is neither planned nor there; None: that of the setting's own YAML."""
         self._planned = {p.name: p.config.model_dump() for p in planned}
-        self._folder = setting_folder
+        self._folder, self._base = setting_folder, base
         self._directories = planned[0].directory
+        self._shapes: dict[str, Shape | None] = {}  # of base runs
 
     @cached_property
     def _written(self) -> dict[str, Raw]:
@@ -260,24 +266,36 @@ class Costs:
         directory = self._directories.sibling(name)
         return directory.config if (directory.folder / "config.yaml").exists() else self._written.get(name)
 
-    def _search(self, raw: Raw | None, key: str) -> Any:
-        """The block `key` of the nearest ancestor that has it (a mapping or a number, not the name of a run)."""
+    def _nearest(self, name: str, find: Callable[[str, Raw], T | None]) -> T | None:
+        """What `find` finds, of the run or else of its nearest ancestor where it finds something."""
+        raw = self._raw(name)
         if raw is None:
             return None
-        for name in (key, "shape") if key == "model" else (key,):
-            if isinstance(raw.get(name), dict | int):
-                return raw[name]
+        if (found := find(name, raw)) is not None:
+            return found
         stages = tuple(f"{stage}/" for stage in STAGES)
         parents = [value for value in raw.values() if isinstance(value, str) and value.startswith(stages)]
-        return next((found for p in parents if (found := self._search(self._raw(p), key)) is not None), None)
+        return next((found for p in parents if (found := self._nearest(p, find)) is not None), None)
+
+    def _shape(self, name: str, raw: Raw) -> Shape | None:
+        model = raw.get("model")
+        if not name.startswith("base/"):
+            return ReducedGemma2(**model) if isinstance(model, dict) else None
+        if name not in self._shapes:
+            directory, model = self._directories.sibling(name), str(model)
+            if name not in self._planned and not directory.done:
+                model = self._base or model
+            same = directory.done and directory.config["model"] == model
+            self._shapes[name] = known_shape(str(directory.model) if same else model)
+        return self._shapes[name]
 
     def of(self, run: PlannedRun) -> Cost | None:
-        """None for a stage that trains nothing, or where an ancestor is nowhere to be found."""
+        """None for a stage that trains nothing, or where nobody can say yet how large the model or its data are."""
         if not isinstance(run.config, TrainingStage):
             return None
-        raw = self._planned[run.name]
-        shape, length = self._search(raw, "model"), self._search(raw, "length")
+        shape = self._nearest(run.name, self._shape)
+        length = self._nearest(run.name, lambda _, raw: raw.get("length"))
         if shape is None or length is None:
             return None
         tokens = run.config.tokens(length)
-        return Cost(tokens, run.config.flops_per_token(ReducedGemma2(**shape), length) * tokens)
+        return Cost(tokens, run.config.flops_per_token(shape, length) * tokens)

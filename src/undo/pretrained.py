@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from undo.config import ConfigError, StageConfig
-from undo.prepare_models import ReducedGemma2
 from undo.run import Run
+from undo.shape import Shape
 from undo.stage import Stage
 
 WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")  # all of a model folder that is ever read
@@ -16,20 +16,32 @@ class Base(StageConfig):
     """Which model."""
 
     model: str  # a folder, or a hub id
-    shape: ReducedGemma2 | None = None  # for --dry-run, before the model is there
 
     def check(self) -> None:
-        if self.is_local:
+        if is_local(self.model):
             read_config(Path(self.model))
 
-    @property
-    def is_local(self) -> bool:
-        return Path(self.model).is_dir() or self.model.startswith((".", "/", "~"))
+
+def is_local(model: str) -> bool:
+    """Whether it is a folder, and no hub id."""
+    return Path(model).is_dir() or model.startswith((".", "/", "~"))
+
+
+def known_shape(model: str) -> Shape | None:
+    """Of a folder, from its config.json (ConfigError if it is no causal model); of a few hub ids; None for others."""
+    from undo.memory import MODELS
+
+    if not is_local(model):
+        return {f"google/{name}": shape for name, shape in MODELS.items()}.get(model)
+    from undo.models import read_shape
+
+    read_config(Path(model))
+    return read_shape(Path(model).expanduser())
 
 
 def fetch(cfg: Base, run: Run) -> None:
     """Leave `model`, a link to the folder, in the run: the weights stay where they are."""
-    folder = Path(cfg.model).expanduser().resolve() if cfg.is_local else download(cfg.model)
+    folder = Path(cfg.model).expanduser().resolve() if is_local(cfg.model) else download(cfg.model)
     facts = read_config(folder)
     if not list(folder.glob("*.safetensors")):
         raise ConfigError(f"{folder}: holds no .safetensors; only safetensors are loaded")
