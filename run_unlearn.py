@@ -33,6 +33,10 @@ class Unlearn(TrainingStage):
     def trains(self, parameter: str) -> bool:
         return self.method.trains(parameter)
 
+    @property
+    def held_per_weight(self) -> int:
+        return self.method.held_per_weight
+
     def check_shard(self) -> None:
         super().check_shard()
         if type(self.method).step is not Method.step:

@@ -1,5 +1,7 @@
 """Steps with a second gradient: by hand on two parameters, exact over micro-batches, weights back to the last bit."""
 
+import gc
+
 import pytest
 import torch
 from accelerate import PartialState
@@ -105,6 +107,42 @@ def test_weights_come_back_to_the_last_bit_even_after_an_error():
     with pytest.raises(KeyError), shifted(weights, [torch.ones(1000)]):
         raise KeyError
     assert torch.equal(weights[0], before)
+
+
+@pytest.mark.parametrize(
+    ("method", "held"),
+    [
+        (SAM(base=GradDiff(), ascent="total"), [0, 4]),
+        (SAM(base=GradDiff(), ascent="forget"), [0, 4, 4]),
+        (Smoothing(base=GradDiff(), samples=3), [4, 8, 8, 4]),
+        (UAM(gamma=1.0), [0, 8]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_step_holds_while_it_asks_for_a_gradient(method, held):
+    """In bytes a weight, of all tensors that are alive: the offsets are gone, and so is what is not needed again."""
+    size, found = 12_345, []
+    weights = [nn.Parameter(torch.ones(size)) for _ in range(4)]
+
+    def alive() -> int:
+        return sum(x.numel() == size for x in gc.get_objects() if type(x) is torch.Tensor)
+
+    gc.collect()
+    before = alive()
+
+    class Asked:
+        progress = 0.0
+
+        def __init__(self):
+            self.weights = weights
+
+        def __call__(self, names=None):
+            found.append(4 * (alive() - before) / len(weights))
+            return dict.fromkeys(("forget", "retain"), torch.ones(())), [torch.ones(size) for _ in weights]
+
+    method.step(Asked(), torch.Generator())
+    assert found == held
+    assert max(held) <= method.held_per_weight
 
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)

@@ -1,5 +1,6 @@
 """The loop: exact accumulation, the schedule, evaluation and stopping, divergence, and resuming bit by bit."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,20 @@ def go(
 
 def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_step_begins_without_the_last_one_s_gradient(tmp_path, data):
+    """It is as large as the model."""
+    last: list[weakref.ref] = []
+
+    def step(gradient):
+        assert not [tensor for tensor in last if tensor() is not None]
+        terms, gradients = gradient()
+        last[:] = [weakref.ref(tensor) for tensor in gradients]
+        return terms, gradients
+
+    go(tmp_path, data, step=step)
+    assert last
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])

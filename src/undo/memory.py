@@ -4,7 +4,7 @@ Said before any weight is loaded, so that a model that is too large fails at onc
 bytes of weights, gradients and optimiser states are counted; those of activations are fitted to what autograd was
 measured to keep of Llama, Qwen-3, Gemma-2 and Gemma-3 on a CPU (an upper bound of the four); what a GPU's kernels take
 is modelled. Five runs on a CPU peaked at 0.85 to 1.15 times the estimate; tests/test_memory.py holds one of them to a
-factor of 1.4. Not counted: what a step with second gradients (SAM, UAM) holds besides, some 8 bytes a trained weight.
+factor of 1.4, with a plain step and with SAM's.
 
 uv run python -m undo.memory        what fits on which card
 """
@@ -30,6 +30,7 @@ class Memory(NamedTuple):
     weights: float
     frozen: float  # teacher or reference
     gradients: float
+    step: float  # what a step with a second gradient holds beside it
     optimizer: float
     activations: float
     loss: float
@@ -52,13 +53,15 @@ def needed(
     *,
     frozen: Sequence[Shape] = (),
     trained: int | None = None,
+    held: int = 0,
     streams: int = 1,
     device: str = "cuda",
 ) -> Memory:
     """Memory of a run that trains `trained` weights (None: all) of a model on rows of `length` tokens.
 
-    frozen: the models that run along without a gradient. streams: entries of a batch, whose activations are held
-    together. device: cuda or cpu.
+    frozen: the models that run along without a gradient. held: bytes for each trained weight that its step holds beside
+    the gradient (Method.held_per_weight). streams: entries of a batch, whose activations are held together. device:
+    cuda or cpu.
     """
     trained = shape.parameters if trained is None else trained
     own = -(-cfg.batch_rows // execution.devices)  # rows of the device that has most
@@ -83,6 +86,7 @@ def needed(
         weights=FP32 * shape.parameters + casts,
         frozen=FP32 * sum(f.parameters for f in frozen),
         gradients=FP32 * (trained * whole + more_gradients),
+        step=held * trained,
         optimizer=STATE[cfg.optimizer] * trained * whole,
         activations=tokens * (shape.layers * kept + at_once + read + others),
         loss=_loss(shape, frozen, min(tokens // streams, rows * length), mixed, device),
@@ -202,6 +206,8 @@ CARDS: Final = {24: 23.6, 40: 39.4, 80: 79.1, 141: 139.8}  # the GB of their nam
 
 def table(length: int = 1024, batch_rows: int = 8) -> str:
     """Modelled: for each model and kind of run the least change to its config with which it fits on a card."""
+    from undo.methods import SAM
+
     cfg = Training(
         steps=1, batch_rows=batch_rows, learning_rate=1e-5, evaluate_every=1, precision="bf16", warmup_steps=0
     )
@@ -210,8 +216,12 @@ def table(length: int = 1024, batch_rows: int = 8) -> str:
         f"{'model':14}{'run':32}{'as it is':>9}   " + "".join(f"{card:>3} GB{'':24}" for card in CARDS).rstrip(),
     ]
     for name, shape in MODELS.items():
-        for kind, frozen in (("finetuning", ()), ("with a teacher or reference", (shape,))):
-            found = list(options(shape, cfg, Execution(), length, frozen=frozen))
+        for kind, frozen, held in (
+            ("finetuning", (), 0),
+            ("with a teacher or reference", (shape,), 0),
+            ("SAM, with a reference", (shape,), SAM(ascent="total").held_per_weight),
+        ):
+            found = list(options(shape, cfg, Execution(), length, frozen=frozen, held=held))
             cells = []
             for gib in CARDS.values():
                 fitting = next((option for option in found if option.memory.total <= gib * 2**30), None)

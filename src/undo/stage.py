@@ -67,6 +67,11 @@ class TrainingStage(StageConfig):
         """Whether the weight of this name is trained."""
         return True
 
+    @property
+    def held_per_weight(self) -> int:
+        """Bytes that a step holds for each trained weight beside one gradient; see Method."""
+        return 0
+
     def flops_per_token(self, model: Shape, length: int) -> int:
         """Of one training step: forward and backward cost 3 forward passes; more where a second model runs along."""
         return 3 * model.forward_flops(length)
@@ -238,6 +243,7 @@ def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen:
         max(store.length for store in open_stores(cfg, run).values()),
         frozen=[shape_of_parent(run, name) for name in frozen],
         trained=trained,
+        held=cfg.held_per_weight,
         streams=len(cfg.streams()),
         device=device,
     )

@@ -69,6 +69,14 @@ class Method(Frozen):
         """What the optimiser takes as the gradient. The default: the gradient of the sum of all terms."""
         return gradient()
 
+    @property
+    def held_per_weight(self) -> int:
+        """Bytes that `step` holds for each trained weight, at most, beside the one fp32 gradient that is being formed.
+
+        The estimate of a run's memory has them: what a step keeps while it asks for another gradient, or adds two up.
+        """
+        return 0
+
     def trains(self, parameter: str) -> bool:
         """Whether the parameter of this name is trained."""
         return True

@@ -29,12 +29,17 @@ class SAM(OnTop):
     rho: NonNegative = 0.01
     ascent: Literal["forget", "total"] = "forget"  # not `on`, which YAML reads as true
 
+    @property
+    def held_per_weight(self) -> int:
+        return 8 if self.ascent == "forget" else 4  # the sharp gradient and a sum; the copy of the weights
+
     def step(self, gradient, rng):
         from undo.methods.shift import add, shifted, to_length
 
         names = self.base.forget_terms if self.ascent == "forget" else None
         terms, ascent = gradient(names)
         with shifted(gradient.weights, to_length(ascent, self.rho)):
+            del ascent  # as large as the model
             _, sharp = gradient(names)
         return terms, sharp if names is None else add(sharp, gradient(terms.keys() - set(names))[1])
 
@@ -56,6 +61,10 @@ class Smoothing(OnTop):
     sigma: Positive = 1e-4
     samples: Count = 3
 
+    @property
+    def held_per_weight(self) -> int:
+        return 8  # the mean so far, and the copy of the weights or a sum
+
     def step(self, gradient, rng):
         import torch
 
@@ -64,10 +73,11 @@ class Smoothing(OnTop):
         names, terms = self.base.forget_terms, {}
         smooth = [None] * len(gradient.weights)
         for _ in range(self.samples):
-            noise = [self.sigma * torch.randn(w.shape, generator=rng).to(w) for w in gradient.weights]
+            noise = (self.sigma * torch.randn(w.shape, generator=rng).to(w) for w in gradient.weights)
             with shifted(gradient.weights, noise):
                 terms, part = gradient(names)
             smooth = add(smooth, part, 1 / self.samples)
+            del part  # as large as the model
         terms, others = gradient(terms.keys() - set(names))
         return terms, add(smooth, others)
 

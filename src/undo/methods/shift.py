@@ -1,6 +1,6 @@
 """Weights moved for a second gradient, and put back to the last bit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,13 +12,17 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def shifted(weights: Sequence[nn.Parameter], offsets: "Gradients") -> Iterator[None]:
-    """The weights plus their offsets (None: none), for as long as the context lasts."""
+def shifted(weights: Sequence[nn.Parameter], offsets: Iterable[Tensor | None]) -> Iterator[None]:
+    """The weights plus their offsets (None: none), for as long as the context lasts.
+
+    A copy of the weights is held meanwhile; the offsets are not needed any more once they are added.
+    """
     kept = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for weight, offset in zip(weights, offsets, strict=True):
             if offset is not None:
                 weight.add_(offset)
+            offset = None
     try:
         yield
     finally:
@@ -27,10 +31,14 @@ def shifted(weights: Sequence[nn.Parameter], offsets: "Gradients") -> Iterator[N
                 weight.copy_(value)
 
 
-def to_length(gradients: "Gradients", length: float) -> "Gradients":
-    """The direction of all gradients together, at a global 2-norm of `length`; no move where they are all zero."""
+def to_length(gradients: "Gradients", length: float) -> Iterator[Tensor | None]:
+    """The direction of all gradients together, at a global 2-norm of `length`; no move where they are all zero.
+
+    One by one: all of them would be as large as the model.
+    """
     norm = global_norm(gradients)
-    return [None if g is None else g * torch.where(norm > 0, length / norm, 0.0) for g in gradients]
+    factor = torch.where(norm > 0, length / norm, 0.0)
+    return (None if g is None else g * factor for g in gradients)
 
 
 def global_norm(gradients: "Gradients") -> Tensor:
@@ -41,12 +49,12 @@ def global_norm(gradients: "Gradients") -> Tensor:
     return shard.norm(found) if found else torch.zeros(())
 
 
-def add(a: "Gradients", b: "Gradients", factor: Tensor | float = 1.0) -> "Gradients":
+def add(a: "Gradients", b: Iterable[Tensor | None], factor: Tensor | float = 1.0) -> "Gradients":
     """a + factor b, weight by weight."""
     return [x if y is None else factor * y if x is None else x + factor * y for x, y in zip(a, b, strict=True)]
 
 
-def dot(a: "Gradients", b: "Gradients") -> Tensor:
+def dot(a: "Gradients", b: Iterable[Tensor | None]) -> Tensor:
     """The inner product over all weights together. Scalar."""
     products = [(x * y).sum() for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     return torch.stack(products).sum() if products else torch.zeros(())

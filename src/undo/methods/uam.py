@@ -54,6 +54,10 @@ class UAM(Method):
     def needs_reference(self) -> bool:
         return self.loss == "representation"
 
+    @property
+    def held_per_weight(self) -> int:
+        return 8  # the forget gradient, and the copy of the weights or a sum
+
     def trains(self, parameter: str) -> bool:
         return self.loss == "cross_entropy" or self._blocks().trains(parameter)
 
@@ -92,11 +96,10 @@ class UAM(Method):
         terms, forget = gradient(["forget"])
         with shifted(gradient.weights, to_length(forget, rho)):
             at_w_hat, retain = gradient(["retain"])
-        direction = to_length(forget, 1.0)
-        along = dot(retain, direction)
+        along = dot(retain, to_length(forget, 1.0))
         if self.when == "conflict":
             along = torch.clamp(along, min=0.0)
-        return {**terms, "retain": at_w_hat["retain"]}, add(retain, direction, -self.gamma * along)
+        return {**terms, "retain": at_w_hat["retain"]}, add(retain, to_length(forget, 1.0), -self.gamma * along)
 
     def flops_per_token(self, model: Shape, length: int) -> int:
         once = Method.flops_per_token(self, model, length)
