@@ -17,7 +17,7 @@ from undo.cli import guarded
 from undo.config import ConfigError
 from undo.figures import FIGURES, draw, figures_of
 from undo.report import report
-from undo.results import COLUMNS, Results, as_text, write_csv
+from undo.results import Results, as_text, write_csv
 from undo.run import write_atomically
 
 NAMES = (*FIGURES, "claims")
@@ -33,14 +33,14 @@ def publish(setting: str, runs: Path, names: list[str] | None = None, out: Path 
     rows = results.table()
     console = Console(width=None if sys.stdout.isatty() else 120)
     table = Table(box=None, pad_edge=False)
-    for column in COLUMNS:
+    for column in results.columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     for cells in as_text(rows):
         table.add_row(*cells)
     console.print(table)
     wanted = figures_of(results) if names is None else [name for name in names if name in FIGURES]
     figures, missing = draw(wanted, results, out / "figures")
-    write_csv(rows, out / "summary.csv")
+    write_csv(rows, results.columns, out / "summary.csv")
     checked = check(results)
     if "claims" in (names or NAMES):
         claims = Table(box=None, pad_edge=False, title="the paper's claims, on these runs", title_justify="left")

@@ -368,6 +368,7 @@ def test_figures_tables_and_claims_of_wmdp(attacked):
     figures, missing = draw(figures_of(results), results, attacked.folder / "figures")
     assert [path.name for path in figures] == ["fig8.png", "fig11.png"]
     text = report(results, check(results), figures, missing)
+    assert "| model | seed | retain | forget | forget_40 | forget_last |" in text  # evaluated at 0, 40 and 500
     assert "| rmu | best | α = 0.3, 2e-05 | α = 0.5, 2e-05 | 0.550 | 0.270 |" in text
     assert "| 0.25 | 0.49 | 0.500 |" in text
     assert "| before | 0.55 | 0.550 |" in text
@@ -377,6 +378,25 @@ def test_figures_tables_and_claims_of_wmdp(attacked):
     assert verdicts["On WMDP, UNDO makes MaxEnt and RMU relearn less."] == "holds"
     assert verdicts["There, what is retained falls with alpha."] == "holds"
     assert verdicts["Robustness rises with alpha."] == "not run"
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "shown"),
+    [
+        ((10, 25, 50, 150, 500), (25, 50)),  # Table 12's
+        ((3, 8, 20, 40), (20, 70)),  # one of them is enough
+        ((500,), (20, 70)),
+    ],
+)
+def test_the_table_shows_steps_that_were_evaluated(tmp_path, evaluated, shown):
+    made = World(tmp_path)
+    made.run("unlearn/m", "unlearned", method={"name": "maxent"})
+    made.run("relearn/m", "unlearned", model="unlearn/m", curve={step: step / 500 for step in (0, *evaluated)})
+    results = made.results()
+    assert results.shown_steps == shown
+    (row,) = results.table()
+    assert tuple(row) == results.columns
+    assert [row[f"forget_{step}"] for step in shown] == [s / 500 if s in evaluated else None for s in shown]
 
 
 def test_a_search_of_another_setting_does_not_come_into_a_table_of_wmdp(tmp_path):

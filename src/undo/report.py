@@ -10,21 +10,21 @@ from typing import Any
 from undo.claims import HEADER, Checked, as_rows
 from undo.display import si
 from undo.experiment import STAGES
-from undo.results import COLUMNS, Result, Results, as_text
+from undo.results import Result, Results, as_text
 from undo.tables import after_noise, beaten, choices, compute, markdown, points, unlearning_sweep
 
 
 def report(results: Results, checked: Sequence[Checked], figures: Iterable[Path], missing: Iterable[str]) -> str:
     """Markdown, to lie beside the folder that holds `figures`."""
-    rows = results.table()
+    rows, attack = results.table(), ", ".join(c for c in results.columns if c.startswith("forget_"))
     parts = [f"# {results.setting}\n\n{origin(results.runs)}\n", "## Models\n"]
-    parts.append(markdown(COLUMNS, as_text(rows)))
+    parts.append(markdown(results.columns, as_text(rows)))
     if len({row["seed"] for row in rows}) > 1:
-        parts.append(over_seeds(rows))
+        parts.append(over_seeds(rows, results.columns))
     parts.append(
-        "retain, forget: performance before the attack. forget_20, forget_70, forget_last: worst case over the "
-        "adversaries\nafter so many relearning steps, and at the end. robustness: (P - P_unlearned) / (P_oracle - "
-        "P_unlearned), P = forget_last.\nsteps and flops are those of the run that made the model.\n"
+        f"retain, forget: performance before the attack. {attack}: worst case over the adversaries\nafter so many "
+        "relearning steps, and at the end. robustness: (P - P_unlearned) / (P_oracle - P_unlearned), P = forget_last."
+        "\nsteps and flops are those of the run that made the model.\n"
     )
     parts += ["## The paper's claims on these runs\n", markdown(HEADER, as_rows(checked))]
     if found := beaten(results):
@@ -59,9 +59,9 @@ def origin(runs: Sequence[Result]) -> str:
     )
 
 
-def over_seeds(rows: Sequence[dict[str, Any]]) -> str:
+def over_seeds(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     """Median and range over seeds, a row a model."""
-    columns = ("retain", "forget", "forget_20", "forget_70", "forget_last", "robustness", "steps")
+    columns = [column for column in columns if column not in ("model", "seed", "flops")]
     models = list(dict.fromkeys(row["model"] for row in rows))
 
     def cell(model: str, column: str) -> str:

@@ -15,10 +15,7 @@ from undo.evaluate.evaluator import EvaluationConfig
 from undo.experiment import STAGES
 from undo.run import RunDirectory, write_atomically
 
-COLUMNS: Final[tuple[str, ...]] = (
-    "model", "seed", "retain", "forget", "forget_20", "forget_70", "forget_last", "robustness", "steps", "flops",
-)  # fmt: skip
-CURVE_STEPS: Final = {"forget_20": 20, "forget_70": 70}
+SHOWN: Final = (20, 70)  # relearning steps that the table shows beside the last
 Curve = dict[int, float]  # relearning step -> forget performance
 
 
@@ -205,8 +202,23 @@ class Results:
         seed = (teacher or attacked.model).seed
         return next((a for a in self.attacked if a.label == "oracle" and a.model.seed == seed), None)
 
+    @cached_property
+    def shown_steps(self) -> tuple[int, ...]:
+        """SHOWN; where no attack is evaluated at either of them, the evaluated steps that are nearest, but the last."""
+        steps = {step for attacked in self.attacked for step in attacked.worst_case}
+        between = sorted(steps - {0, max(steps, default=0)})
+        if not between or steps.intersection(SHOWN):
+            return SHOWN
+        return tuple(sorted({min(between, key=lambda step: abs(step - shown)) for shown in SHOWN}))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the table."""
+        attack = (*(f"forget_{step}" for step in self.shown_steps), "forget_last")
+        return ("model", "seed", "retain", "forget", *attack, "robustness", "steps", "flops")
+
     def table(self) -> list[dict[str, Any]]:
-        """One row a model and seed; columns as in COLUMNS, None where there is nothing to say.
+        """One row a model and seed; columns as in `columns`, None where there is nothing to say.
 
         steps and flops are those of the run that made the model, not of its parents.
         """
@@ -219,7 +231,7 @@ class Results:
                     "seed": attacked.model.seed,
                     "retain": facts["evaluation"]["retain"],
                     "forget": facts["evaluation"]["forget"],
-                    **{column: curve.get(step) for column, step in CURVE_STEPS.items()},
+                    **{f"forget_{step}": curve.get(step) for step in self.shown_steps},
                     "forget_last": attacked.last,
                     "robustness": self.robustness(attacked),
                     "steps": facts["steps"],
@@ -244,11 +256,11 @@ def beats(one: tuple[float, float], other: tuple[float, float], higher_is_better
     return one != other and sign * one[0] >= sign * other[0] and sign * one[1] <= sign * other[1]
 
 
-def write_csv(rows: Iterable[dict[str, Any]], path: Path) -> None:
+def write_csv(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([row[column] for column in COLUMNS] for row in rows)
+    writer.writerow(columns)
+    writer.writerows([row[column] for column in columns] for row in rows)
     write_atomically(path, text.getvalue())
 
 
@@ -262,4 +274,4 @@ def as_text(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
             return f"{value:.2e}"
         return f"{value:.3f}" if isinstance(value, float) else str(value)
 
-    return [[cell(column, row[column]) for column in COLUMNS] for row in rows]
+    return [[cell(column, value) for column, value in row.items()] for row in rows]

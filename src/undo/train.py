@@ -141,7 +141,7 @@ def train(
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
-            del gradients, total  # as large as the model, and the next step makes its own
+            gradients = total = None  # as large as the model, and the next step makes its own
             done.step += 1
             tokens = sum(tokens.input_ids.numel() for tokens in batch.values())
             done.tokens += tokens
