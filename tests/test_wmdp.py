@@ -3,20 +3,18 @@
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, SHAPE, lively, run_script, training
 from made_up import World
 from omegaconf import OmegaConf
-from test_architectures import CPU, build
+from test_architectures import CPU
 
 import run_all
 import run_wmdp
@@ -24,12 +22,9 @@ from run_relearn import Relearn, relearn
 from undo.claims import check
 from undo.config import ConfigError, as_raw, read_yaml, validate
 from undo.evaluate import TokenCrossEntropy
-from undo.experiment import Costs
 from undo.figures import draw, figures_of
-from undo.memory import MODELS
 from undo.models import load, place, save
 from undo.noise import Noise
-from undo.pretrained import Base, fetch
 from undo.report import report
 from undo.run import Run
 from undo.selection import FILE, RANKS, Point, across_the_frontier
@@ -209,97 +204,6 @@ def test_points_by_cross_entropy_go_the_other_way():
 def test_no_choice_without_a_frontier(made, words):
     with pytest.raises(ConfigError, match=words):
         across_the_frontier(made, 0.65, higher_is_better=True)
-
-
-# --- the base model ------------------------------------------------------------------------------------------------
-
-
-def base(model: object, folder: Path, setting: str = "made") -> Run:
-    config = validate(Base, {"name": "model", "model": str(model)}, "base.yaml")
-    run = Run(folder, setting, "base/model")
-    run.claim(config)
-    run.open(config)
-    config.check()
-    fetch(config, run)
-    return run
-
-
-def test_a_local_model_is_linked_and_loads(tmp_path, data):
-    model = SHAPE.build(0)
-    save(model, data.folder / "tokenizer", tmp_path / "mine")
-    run = base(tmp_path / "mine", tmp_path / "runs")
-    assert run.facts["architecture"] == "Gemma2ForCausalLM"
-    for ours, theirs in zip(load(run.model).parameters(), model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_a_causal_model_may_have_another_name(tmp_path, data):
-    save(build("gpt2"), data.folder / "tokenizer", tmp_path / "mine")
-    run = base(tmp_path / "mine", tmp_path / "runs")
-    assert run.facts["architecture"] == "GPT2LMHeadModel"
-    assert run.facts["vocab_size"] == load(run.model).config.vocab_size
-
-
-@pytest.mark.parametrize(
-    ("files", "words"),
-    [
-        ({}, "holds no config.json"),
-        ({"config.json": "{"}, "is not JSON"),
-        ({"config.json": "[]"}, "is no mapping"),
-        ({"config.json": '{"architectures": ["BertForMaskedLM"]}'}, "is a BertForMaskedLM, no causal language model"),
-        ({"config.json": "{}"}, "no causal language model"),
-        ({"config.json": '{"architectures": ["Gemma3ForConditionalGeneration"]}'}, "has no vocab_size"),
-        ({"config.json": '{"architectures": ["LlamaForCausalLM"], "vocab_size": 8}'}, "holds no .safetensors"),
-    ],
-)
-def test_what_is_no_model_is_refused(tmp_path, files, words):
-    (tmp_path / "mine").mkdir()
-    for name, content in files.items():
-        (tmp_path / "mine" / name).write_text(content)
-    with pytest.raises(ConfigError, match=words):
-        base(tmp_path / "mine", tmp_path / "runs")
-
-
-def test_model_is_said_once_for_the_weights_and_the_tokenizer(tmp_path):
-    only = ("--stage", "prepare", "--only", "base/model", "--runs", str(tmp_path))
-    listed = run_script("run_wmdp.py", "wmdp_bio", "model=./mine", *only)
-    assert listed.returncode == 2
-    assert "model: mine holds no config.json" in listed.stderr
-    refused = run_script("run_wmdp.py", "wmdp_small", "model=./mine", "--dry-run")
-    assert "wmdp_small pretrains its own" in refused.stderr
-
-
-def test_costs_are_those_of_the_model(tmp_path, data):
-    """Of the folder that `model=` names, of the one that was linked, of the hub's where it is known, or of none."""
-    folder, runs = ROOT / "configs/wmdp_bio", tmp_path / "runs"
-    save(SHAPE.build(0), data.folder / "tokenizer", tmp_path / "mine")
-
-    def flops(model: str, *stages: str) -> float | None:
-        overrides = [f"base.model={model}", f"prepare.tokenizer={model}"]
-        args = SimpleNamespace(overrides=overrides, extra=(), only=None, runs=runs)
-        planned, _ = run_all.planned_in(folder, args, stages)
-        cost = Costs(planned, folder, model).of(next(run for run in planned if run.name.startswith("undo/")))
-        return None if cost is None else cost.flops
-
-    tokens = 2664 * 110 * 1024
-    before = flops(str(tmp_path / "mine"), "base", "unlearn", "undo")
-    assert before == 4 * SHAPE.forward_flops(1024) * tokens
-    assert (
-        flops("google/gemma-2-2b", "base", "unlearn", "undo") == 4 * MODELS["gemma-2-2b"].forward_flops(1024) * tokens
-    )
-    for stages in (("base", "unlearn", "undo"), ("undo",)):
-        assert flops("owner/unknown", *stages) is None
-        assert flops("google/gemma-3-270m", *stages) == 4 * MODELS["gemma-3-270m"].forward_flops(1024) * tokens
-    base(tmp_path / "mine", runs, "wmdp_bio")
-    assert flops(str(tmp_path / "mine"), "undo") == before
-
-
-def test_a_cost_that_nobody_knows_is_no_number(tmp_path):
-    args = ("--dry-run", "--stage", "undo", "--only", "*undo_rmu-seed_0", "--runs", str(tmp_path))
-    listed = run_script("run_wmdp.py", "wmdp_bio", "model=owner/unknown", *args)
-    assert listed.returncode == 0, listed.stderr
-    assert re.search(r"undo/undo_rmu-seed_0 .* to do +- +- +-", listed.stdout)
-    assert "without 1 run of a model whose size is not known" in listed.stdout
 
 
 def test_one_base_model_serves_all_seeds(tmp_path):
