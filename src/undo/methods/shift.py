@@ -18,12 +18,12 @@ def shifted(weights: Sequence[nn.Parameter], offsets: Iterable[Tensor | None]) -
     A copy of the weights is held meanwhile; the offsets are not needed any more once they are added.
     """
     kept = [weight.detach().clone() for weight in weights]
-    with torch.no_grad():
-        for weight, offset in zip(weights, offsets, strict=True):
-            if offset is not None:
-                weight.add_(offset)
-            offset = None
     try:
+        with torch.no_grad():
+            for weight, offset in zip(weights, offsets, strict=True):
+                if offset is not None:
+                    weight.add_(offset)
+                offset = None  # the last one, too, is gone when the gradient is taken
         yield
     finally:
         with torch.no_grad():
