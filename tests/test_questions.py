@@ -23,6 +23,7 @@ from conftest import ROOT
 
 from undo.config import ConfigError
 from undo.prepare_data import extraction, passages
+from undo.prepare_data.corpora import origin
 from undo.prepare_data.definitions import definitions
 from undo.prepare_data.ledger import Ledger, Settings
 from undo.prepare_data.questions import PROMPT, Filter, Question, parse, prompt
@@ -754,6 +755,16 @@ def test_a_missing_corpus_says_where_to_ask(tmp_path, capsys, name, said):
     assert f"--corpus {tmp_path / name}: there is no such file" in error
     assert said in error
     assert len(error.splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", ["bio-forget", "cyber-retain", "wikipedia"])
+def test_missing_questions_are_not_taken_for_their_corpus(name):
+    """The corpus under the questions' name would be trained on as it is."""
+    said = origin(f"data/wmdp/qa/{name}.jsonl")
+    assert said is not None
+    assert said.startswith(f"make it with: uv run python -m undo.prepare_data wmdp-qa --corpus <{name} corpus>")
+    assert f" --out data/wmdp/qa/{name}.jsonl " in said
+    assert "huggingface" not in said
 
 
 @pytest.mark.parametrize(

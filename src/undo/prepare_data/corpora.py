@@ -1,6 +1,7 @@
 """Where the WMDP corpora come from: they are not to be downloaded by a script, and two of the four teach harm."""
 
 import re
+from pathlib import Path
 from typing import Final
 
 HUB: Final = "https://huggingface.co/datasets/"
@@ -10,7 +11,13 @@ ALL: Final = f"the WMDP corpora are on the hub: ask at {HUB}{FORM} (bio forget) 
 
 
 def origin(path: str) -> str | None:
-    """One line for a corpus whose file is missing: where to ask for it, and where to put it. None: not WMDP's."""
+    """One line for a file that is missing: where to ask for the corpus, and where to put it. None: not WMDP's.
+
+    What lies in a folder `qa` is no corpus: questions are made from one, by the command that is named.
+    """
+    if Path(path).parent.name == "qa":
+        made = "uv run python -m undo.prepare_data wmdp-qa"
+        return f"make it with: {made} --corpus <{Path(path).stem} corpus> --out {path} --endpoint <url> --model <name>"
     name = re.search(r"(bio|cyber)[\W_]*(forget|remove|retain)", path.lower())
     if name is None:
         return None
