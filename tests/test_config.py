@@ -1,6 +1,7 @@
 """From YAML and overrides to typed configs: what is read, what is refused, and with which words."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 import run_all
 from run_pretrain import Pretrain
 from run_unlearn import Unlearn
-from undo.config import ConfigError, StageConfig, differences, expand, parse_overrides, read_yaml, validate
+from undo.config import ConfigError, StageConfig, as_raw, differences, expand, parse_overrides, read_yaml, validate
 from undo.experiment import STAGES, check, find_configs, plan, sources
+from undo.prepare_data.prepare import Prepare
 from undo.selection import FILE, RANKS
 
 DEMO = ROOT / "configs" / "demo"
@@ -97,6 +99,81 @@ def test_adversaries_are_crossed_with_the_variants():
     assert found == sam | undo
     with pytest.raises(ConfigError, match="cannot be set"):
         expand(raw, {"adversaries.short.data": "c"}, "made.yaml")
+
+
+def test_an_override_of_one_variant_beats_the_others_and_its_sweep():
+    raw = {
+        "name": "{variant}-{a}",
+        "b": {"c": 0},
+        "variants": {"x": {"b": {"d": 1}}, "x.2": None},
+        "sweep": {"a": [1, 2]},
+    }
+    changed = expand(raw, {"b.c": 5, "variants.x.b.c": 6, "variants.x.2.a": 9}, "made.yaml")
+    assert [(run["name"], run["b"]) for run in changed] == [
+        ("x-1", {"c": 6, "d": 1}),
+        ("x-2", {"c": 6, "d": 1}),
+        ("x.2-9", {"c": 5}),
+    ]
+    mine = expand(raw, {"variant": "mine", "variants.mine.b.c": 7}, "made.yaml")
+    assert [run["b"]["c"] for run in mine] == [7, 7]
+    with pytest.raises(ConfigError, match=r"'variants\.y\.b' names no variant of it; variants: x, x\.2"):
+        expand(raw, {"variants.y.b": 1}, "made.yaml")
+    for key in ("variants.x", "variants.x.sweep.a", "variants.x.points.best"):
+        with pytest.raises(ConfigError, match="cannot be set"):
+            expand(raw, {key: 1}, "made.yaml")
+
+
+def prepared(setting: str, *overrides: str) -> dict[str, Prepare]:
+    """Variant -> config, as `python -m undo.prepare_data` plans them."""
+    found = sources(ROOT / "configs" / setting, "prepare")
+    planned = plan(run_all.STAGES["prepare"], found, parse_overrides(overrides), ROOT / "runs")
+    return {run.config.variant: run.config for run in planned if isinstance(run.config, Prepare)}
+
+
+@pytest.mark.parametrize("setting", ["wmdp_bio", "wmdp_cyber", "wmdp_small"])
+def test_files_of_one_s_own_go_into_the_variant_that_is_named(setting):
+    before, after = prepared(setting), prepared(setting, "variants.qa.data.forget.path=mine.jsonl")
+    assert after["qa"].data["forget"].path == "mine.jsonl"
+    assert {name: c for name, c in after.items() if name != "qa"} == {n: c for n, c in before.items() if n != "qa"}
+    with pytest.raises(ConfigError, match=r"data\.retain is missing.*goes into every variant, and so into mixture"):
+        prepared(setting, "data.forget.path=mine.jsonl")
+
+
+def test_a_part_of_the_mixture_can_be_left_out():
+    mixture = "variants.mixture.data.auxiliary"
+    left_out = f"{mixture}.parts.wikipedia_questions.proportion=0"
+    made = prepared("wmdp_bio", left_out, f"{mixture}.renormalise=true")["mixture"]
+    assert "parts.wikipedia_questions." not in made.data["auxiliary"].places
+    made.check()  # and so asks for no file
+    with pytest.raises(ConfigError, match=r"add up to 0\.99"):
+        prepared("wmdp_bio", left_out)
+
+
+@pytest.mark.parametrize(("variant", "missing"), [("corpora", 1), ("qa", 2), ("mixture", 1)])
+def test_the_remedy_for_a_missing_file_is_one(variant, missing, tmp_path, monkeypatch):
+    """What the message says mends what it complains of."""
+    (tmp_path / "mine.jsonl").write_text('{"text": "a"}')
+    monkeypatch.chdir(tmp_path)
+    overrides: list[str] = []
+    for _ in range(missing):
+        with pytest.raises(ConfigError) as error:
+            prepared("wmdp_bio", *overrides)[variant].check()
+        assert len(str(error.value).splitlines()) <= 3
+        overrides += [f"{key}=mine.jsonl" for key in re.findall(r"with prepare\.(\S+)=\.\.\.", str(error.value))]
+    assert all(text.startswith(f"variants.{variant}.") for text in overrides)
+    prepared("wmdp_bio", *overrides)[variant].check()
+
+
+def test_a_variant_of_another_yaml_of_the_stage_is_no_mistake(tmp_path):
+    """--only and --with choose among the files; an override of what is not chosen changes nothing."""
+    stage, found = run_all.STAGES["unlearn"], sources(DEMO, "unlearn")
+    change = {"variants.sam.method.rho": 0.5}
+    main, as_it_is = plan(stage, found[:1], change, tmp_path), plan(stage, found[:1], {}, tmp_path)
+    assert [run.config for run in main] == [run.config for run in as_it_is]
+    sam = [run.config for run in plan(stage, found, change, tmp_path) if run.config.variant == "sam"]
+    assert {as_raw(config)["method"]["rho"] for config in sam} == {0.5}
+    with pytest.raises(ConfigError, match="names no variant"):
+        plan(stage, found[:1], {"variants.sma.method.rho": 0.5}, tmp_path)
 
 
 def test_points_are_filled_in_as_the_numbers_they_are():
@@ -306,6 +383,6 @@ def test_text_that_is_not_there_is_said_before_anything_starts(tmp_path):
         check(planned, force=False)
     assert str(error.value).splitlines() == [
         f"data.retain: {tmp_path}/*.txt: there is no such file",
-        "give your own files with prepare.data.retain.path=...",
+        "give your own files with prepare.data.retain.path=... (python -m undo.prepare_data: without `prepare.`)",
     ]
     assert not planned[0].directory.folder.exists()

@@ -6,7 +6,7 @@ crossed) and `name` (a template such as "{variant}-lr_{training.learning_rate:g}
 the name of a run's is its key `adversary`. `let` holds values that are no keys of a run, but are swept and filled in
 like them: the alpha of the model that an adversary attacks. `points` holds such values too: the ones that were chosen
 from an earlier experiment's results. Precedence, low to high: the YAML's own keys, the variant, the adversary, the
-sweep, the command line. Nothing here imports torch.
+sweep, the command line; there, what names a variant (`variants.<name>.<key>=...`). Nothing here imports torch.
 """
 
 import difflib
@@ -184,14 +184,19 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
-    """All runs of an experiment as plain values: variants x sweep, with the overrides on top and names filled in."""
-    raw, pinned, asked = dict(raw), {}, {}
+    """All runs of an experiment as plain values: variants x sweep, with the overrides on top and names filled in.
+
+    An override `variants.<name>.<key>` changes that variant alone, and beats one for all of them.
+    """
+    raw, pinned, asked, single = dict(raw), {}, {}, {}
     for key, value in overrides.items():
         block, _, rest = key.partition(".")
         if block == "sweep" and rest:
             asked[rest] = value
+        elif block == "variants" and "." in rest:
+            single[key] = value
         elif block in ("sweep", "variants", "adversaries"):
-            raise ConfigError(f"{key!r} cannot be set; set sweep.<key>=[...], or choose variants with --only")
+            raise ConfigError(f"{key!r} cannot be set; set sweep.<key>=[...] or variants.<name>.<key>=...")
         else:
             pinned[key] = value
     sweep = raw.pop("sweep", None) or {}
@@ -200,18 +205,21 @@ def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
         variants = None
     if not all(isinstance(block, dict | None) for block in (variants, adversaries, sweep)):
         raise ConfigError(f"{source}: `variants`, `adversaries` and `sweep` must be mappings")
+    variants = variants or {pinned.get("variant", raw.get("variant", "")): {}}
+    own = _by_variant(single, [str(name) for name in variants], source)
     named = [
         [{key: name, **(changes or {})} for name, changes in sets.items()]
-        for key, sets in (("variant", variants or {raw.get("variant", ""): {}}), ("adversary", adversaries))
+        for key, sets in (("variant", variants), ("adversary", adversaries))
         if sets
     ]
     runs: dict[str, Raw] = {}
     for chosen in itertools.product(*named):
         base, points = raw, dict(sweep)
+        fixed = {**pinned, **own.get(str(chosen[0]["variant"]), {})}
         for changes in chosen:
             base = _merge(base, {key: value for key, value in changes.items() if key != "sweep"})
             points |= changes.get("sweep") or {}
-        points = {key: values for key, values in {**points, **asked}.items() if key not in pinned}
+        points = {key: values for key, values in {**points, **asked}.items() if key not in fixed}
         for key, values in points.items():
             if not isinstance(values, list) or not values:
                 raise ConfigError(f"{source}: sweep.{key} must be a list with at least one value, got {values!r}")
@@ -219,7 +227,7 @@ def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
             swept = dict(zip(points, point, strict=True))
             also = {key: swept[key] for key in asked if key in swept}  # after a block that was pinned as a whole
             run = base
-            for key, value in [*swept.items(), *pinned.items(), *also.items()]:
+            for key, value in [*swept.items(), *fixed.items(), *also.items()]:
                 run = _merge(run, _nest(key, value))
             run["variant"] = _fill_in(run["variant"], _namespace(run), source)
             run = _fill_in(run, _namespace(run), source)
@@ -233,6 +241,26 @@ def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
                 )
             runs[name] = run
     return list(runs.values())
+
+
+def variant_of(key: str, variants: Iterable[str]) -> str | None:
+    """Which of `variants` an override's key `variants.<name>.<key>` is for; None: it is for none of them."""
+    return next((n for n in sorted(variants, key=len, reverse=True) if n and key.startswith(f"variants.{n}.")), None)
+
+
+def _by_variant(overrides: Mapping[str, Any], variants: list[str], source: str) -> dict[str, Raw]:
+    """Variant -> its overrides, without `variants.<name>.` before their keys. Raises ConfigError for other names."""
+    found: dict[str, Raw] = {}
+    for key, value in overrides.items():
+        name = variant_of(key, variants)
+        if name is None:
+            there = ", ".join(filter(None, variants)) or "none"
+            raise ConfigError(f"{source}: {key!r} names no variant of it; variants: {there}")
+        rest = key.removeprefix(f"variants.{name}.")
+        if rest.partition(".")[0] in ("sweep", "points", "variants", "adversaries"):
+            raise ConfigError(f"{key!r} cannot be set for one variant; give variants.{name}.<key> a single value")
+        found.setdefault(name, {})[rest] = value
+    return found
 
 
 def validate(schema: type[Config], raw: Raw, source: str) -> Config:

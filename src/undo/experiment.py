@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, NamedTuple, Self, TypeVar
 
-from undo.config import ConfigError, Raw, StageConfig, expand, read_yaml, validate
+from undo.config import ConfigError, Raw, StageConfig, expand, read_yaml, validate, variant_of
 from undo.launch import DeviceShare, Job, check_devices
 from undo.prepare_models import ReducedGemma2
 from undo.pretrained import known_shape
@@ -76,14 +76,24 @@ def plan(stage: Stage, sources: Sequence[Path], overrides: Mapping[str, Any], ru
     for source in sources[:1] if "variant" in overrides else sources:
         setting = source.resolve().parent.name
         content = with_points(read_yaml(source), overrides, runs / setting)
-        changes = {key: value for key, value in overrides.items() if key != "points"}
-        for raw in expand(content, changes, str(source)):
+        for raw in expand(content, of_file(source, content, stage.name, overrides), str(source)):
             config = validate(stage.schema, raw, str(source))
             run = PlannedRun(stage, config, RunDirectory(runs, setting, f"{stage.name}/{config.name}"))
             if run.name in planned:
                 raise ConfigError(f"{source}: {run.name} is a run of {sources[0]} already; give one another name")
             planned[run.name] = run
     return list(planned.values())
+
+
+def of_file(source: Path, content: Raw, stage: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides without `points`, and without those for a variant that only another YAML of the stage has."""
+    changes = {key: value for key, value in overrides.items() if key != "points"}
+    if any(key.startswith("variants.") for key in changes):
+        others = [read_yaml(path) for path in sources(source.parent, stage) if path.name != source.name]
+        theirs = [name for other in others for name in other.get("variants") or ()]
+        ours = content.get("variants") or ()
+        changes = {key: v for key, v in changes.items() if variant_of(key, ours) or not variant_of(key, theirs)}
+    return changes
 
 
 def with_points(raw: Raw, overrides: Mapping[str, Any], folder: Path | None) -> Raw:

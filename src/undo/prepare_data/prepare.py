@@ -60,13 +60,18 @@ class Prepare(StageConfig):
 
     def check(self) -> None:
         for role, source in self.data.items():
-            try:
-                for place in source.places:
+            for key, place in source.places.items():
+                try:
                     place.files()
-            except ConfigError as error:
-                raise ConfigError(
-                    f"data.{role}: {error}\ngive your own files with prepare.data.{role}.path=..."
-                ) from None
+                except ConfigError as error:
+                    where = f"data.{role}.{key}path"
+                    if self.variant:  # for all variants, it would give one file to all of them
+                        where = f"variants.{self.variant}.{where}"
+                    raise ConfigError(
+                        f"data.{role}: {error}\n"
+                        f"give your own files with prepare.{where}=... "
+                        f"(python -m undo.prepare_data: without `prepare.`)"
+                    ) from None
 
     @model_validator(mode="after")
     def _every_role_has_one_origin(self) -> Self:
@@ -75,7 +80,11 @@ class Prepare(StageConfig):
             raise ValueError(f"data.{min(twice)} is given, but the world generates it")
         missing = {"retain", "forget"} - generated - set(self.data)
         if missing and set(self.data) != {"auxiliary"}:  # what one distills on may be of neither role
-            raise ValueError(f"data.{max(missing)} is missing: give data.{max(missing)}.path or .hub, or a world")
+            every = f"; `data` without variants.<name>. before it goes into every variant, and so into {self.variant}"
+            raise ValueError(
+                f"data.{max(missing)} is missing: give data.{max(missing)}.path or .hub, or a world"
+                + every * bool(self.variant)
+            )
         if (self.tokenizer is None) == (self.tokenizer_from is None):
             raise ValueError("give `tokenizer`, or `tokenizer_from`, a prepare run that has one")
         if isinstance(self.tokenizer, WordTokenizer) and self.data:

@@ -148,12 +148,15 @@ class Source(Place):
         return self
 
     @property
-    def places(self) -> list[Place]:
-        return [self] if self.parts is None else [part for part in self.parts.values() if part.proportion > 0]
+    def places(self) -> dict[str, Place]:
+        """What stands before a place's keys, "" or "parts.<name>." -> the place. A part of proportion 0 is left out."""
+        if self.parts is None:
+            return {"": self}
+        return {f"parts.{name}.": part for name, part in self.parts.items() if part.proportion > 0}
 
     @property
     def paired(self) -> bool:
-        return any(place.paired_with is not None for place in self.places)
+        return any(place.paired_with is not None for place in self.places.values())
 
     def bytes_of_tokens(self, width: int) -> int | None:
         """At most about so much will be stored, `width` bytes a token; None: not known."""
