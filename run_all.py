@@ -56,16 +56,24 @@ def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
 
 
 def planned_in(
-    folder: Path, args: argparse.Namespace, stages: Collection[str], without_seeds: Collection[str] = ()
+    folder: Path,
+    args: argparse.Namespace,
+    stages: Collection[str],
+    without_seeds: Collection[str] = (),
+    stand_ins: bool = False,
 ) -> tuple[list[PlannedRun], Path]:
-    """`planned`, of some stages of the setting in `folder`."""
+    """`planned`, of some stages of the setting in `folder`; `stand_ins` as in `plan`."""
     routed = route(parse_overrides(args.overrides), without_seeds)
     found = {name: sources(folder, name) for name in STAGES if name in stages}
     cli.check_extra(args.extra, [path for paths in found.values() for path in paths])
 
     def plans(every: bool) -> list[PlannedRun]:
         chosen = {name: paths if every else wanted(paths, name, args.extra) for name, paths in found.items() if paths}
-        return [run for name, paths in chosen.items() for run in plan(STAGES[name], paths, routed[name], args.runs)]
+        return [
+            run
+            for name, paths in chosen.items()
+            for run in plan(STAGES[name], paths, routed[name], args.runs, stand_ins)
+        ]
 
     return pick(plans(False), lambda: plans(True), args.only, with_parents=True), folder
 

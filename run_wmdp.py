@@ -3,7 +3,8 @@
     uv run run_wmdp.py wmdp_bio [model=HUB_ID_OR_FOLDER] [stage.key=value ...] [--stage STAGE] [--dry-run]
 
     prepare   data, and the model: fetched, or in wmdp_small pretrained
-    search    unlearning over alpha and learning rates on one seed, and the choice of three points a method
+    search    unlearning over alpha and learning rates on one seed, and the choice of three points a method; a run that
+              diverges is left out of it
     unlearn   every method at its points, over the seeds
     undo      distill the best-retaining points into noised copies of themselves
     relearn   every adversary on every model
@@ -11,10 +12,12 @@
 
 Without --stage all of them, in this order; the search only where the setting's unlearn.yaml says `points: search`
 (wmdp_bio and wmdp_cyber have the points of Table 10). It is run_all.py in two parts, with a choice in between.
+--only chooses among all runs; the search is made whole where it wants a run that needs the points.
 """
 
 import argparse
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -22,9 +25,10 @@ from omegaconf import OmegaConf
 
 import run_all
 import run_figures
+from run_unlearn import Unlearn
 from undo import cli
 from undo.config import ConfigError, parse_overrides, read_yaml
-from undo.experiment import PlannedRun, find_configs, plan, sources
+from undo.experiment import PlannedRun, find_configs, plan, searches, select, sources
 from undo.results import Result
 from undo.run import write_atomically
 from undo.selection import FILE, Point, across_the_frontier, as_raw
@@ -52,27 +56,65 @@ def with_model(overrides: list[str], folder: Path) -> list[str]:
     return routed
 
 
-def search(args: argparse.Namespace, folder: Path) -> tuple[list[PlannedRun], Path]:
-    """The runs that the points are chosen from, and what they stand on."""
-    before, _ = run_all.planned_in(folder, args, STAGES["search"], BASE)
+def search(args: argparse.Namespace, folder: Path) -> list[PlannedRun]:
+    """All runs that the points are chosen from, and what they stand on: --only and --with do not change the search."""
+    everything = argparse.Namespace(**{**vars(args), "only": None, "extra": []})
+    before, _ = run_all.planned_in(folder, everything, STAGES["search"], BASE)
     overrides = run_all.route(parse_overrides(args.overrides))["unlearn"]
     # the points are chosen on the search's own seed, and serve all seeds
     overrides = {key: value for key, value in overrides.items() if key not in ("points", "seed", "sweep.seed")}
     found = [path for path in sources(folder, "unlearn") if path.stem == SEARCH]
     if not found:
         raise ConfigError(f"{folder} has no {SEARCH}.yaml: there is nothing to choose the points from")
-    return [*before, *plan(run_all.STAGES["unlearn"], found, overrides, args.runs)], folder
+    return [*before, *plan(run_all.STAGES["unlearn"], found, overrides, args.runs)]
+
+
+def search_first(args: argparse.Namespace, folder: Path, stages: Collection[str]) -> tuple[int, list[str], bool]:
+    """Run the search, or what --only wants of it, and choose -> exit status, names of its runs, whether that is all.
+
+    Without --stage the runs behind it are planned first, with stand-ins for the points: a mistake in them, or an
+    --only that matches nothing, is said before hours of search.
+    """
+    every = part = search(args, folder)
+    last = args.stage == "search"
+    if not last:
+        then, _ = run_all.planned_in(folder, args, stages, BASE, stand_ins=True)
+        last = {run.name for run in then} <= {run.name for run in every}  # --only wants nothing behind the points
+    if last:
+        part = select(every, args.only, with_parents=True)
+    status, names = cli.launch(args, lambda args: (part, folder)), [run.name for run in part]
+    if args.dry_run or status == 130 or any(not run.directory.done and not diverged(run) for run in part):
+        return status, names, last
+    if not any(isinstance(run.config, Unlearn) for run in part):  # --only wants data, or the model
+        return status, names, last
+    missing = [run for run in every if isinstance(run.config, Unlearn) and not run.directory.done]
+    if all(diverged(run) for run in missing):
+        choose(every, args.runs / folder.resolve().name)
+        return 0, names, last
+    print(f"{len(missing)} runs of the search are still to be made; the points are chosen when it is complete")
+    return status, names, last
+
+
+def diverged(run: PlannedRun) -> bool:
+    """Whether it is a run of the search whose numbers were no longer finite: an outcome, that stops nothing."""
+    return isinstance(run.config, Unlearn) and run.directory.diverged
 
 
 def choose(runs: list[PlannedRun], folder: Path) -> None:
-    """Write the points of every method into the setting's folder of runs, and print them."""
+    """Write the points of every method into the setting's folder of runs, and print them. What diverged is left out."""
     by_method: dict[str, list[Result]] = {}
     for run in runs:
-        if run.stage.name == "unlearn" and run.directory.done:
-            result = Result(run.directory, run.directory.config, run.directory.facts)
-            by_method.setdefault(result.config["method"]["name"], []).append(result)
+        if not isinstance(run.config, Unlearn):
+            continue
+        found = by_method.setdefault(run.config.method.name, [])
+        if run.directory.done:
+            found.append(Result(run.directory, run.directory.config, run.directory.facts))
+        else:
+            print(f"left out of the choice: {run.name}: {run.directory.failure}")
     chosen = {}
     for method, results in by_method.items():
+        if not results:
+            raise ConfigError(f"{method}: every run of the search diverged; search lower learning rates")
         points = [_point(result) for result in results]
         start = results[0].curve("forget")[0]
         chosen[method] = across_the_frontier(points, start, results[0].higher_is_better)
@@ -102,20 +144,17 @@ def main() -> int:
     if args.stage == "figures":
         run_figures.publish(setting, args.runs)
         return 0
-    asked = run_all.route(parse_overrides(args.overrides))["unlearn"].get("points")
-    searches = (asked or read_yaml(folder / "unlearn.yaml").get("points")) == "search"
-    if args.stage == "search" or (args.stage is None and searches):
-        runs, _ = search(args, folder)
-        status = cli.launch(args, lambda args: (runs, folder))
-        if not args.dry_run and status == 0:
-            choose(runs, args.runs / setting)
-        if status or args.stage == "search":
+    stages = STAGES[args.stage] if args.stage else [name for names in STAGES.values() for name in names]
+    overrides, made = run_all.route(parse_overrides(args.overrides))["unlearn"], list[str]()
+    searched = searches(read_yaml(folder / "unlearn.yaml"), overrides)
+    if args.stage == "search" or (args.stage is None and searched):
+        status, made, last = search_first(args, folder, stages)
+        if status or last:
             return status
         if args.dry_run and not (args.runs / setting / FILE).exists():
             print("unlearn, undo and relearn: their runs are known when the points are chosen from these")
             return 0
-    stages = STAGES[args.stage] if args.stage else [name for names in STAGES.values() for name in names]
-    status = cli.launch(args, lambda args: run_all.planned_in(folder, args, stages, BASE))
+    status = cli.launch(args, lambda args: run_all.planned_in(folder, args, stages, BASE), kept=made)
     if args.stage is None and not args.dry_run and status != 130:
         run_figures.publish(setting, args.runs)
     return status

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -66,13 +66,17 @@ def parser(description: str) -> argparse.ArgumentParser:
     return arguments
 
 
-def launch(args: argparse.Namespace, planned: Callable[[argparse.Namespace], tuple[list[PlannedRun], Path]]) -> int:
-    """Plan, check, run, report -> the exit status."""
+def launch(
+    args: argparse.Namespace,
+    planned: Callable[[argparse.Namespace], tuple[list[PlannedRun], Path]],
+    kept: Collection[str] = (),
+) -> int:
+    """Plan, check, run, report -> the exit status. `kept`: names of runs that --force leaves as they are."""
     runs, configs = planned(args)
     if args.dry_run:
         show(runs, Costs(runs, configs, parse_overrides(args.overrides).get("base.model")))
         return 0
-    check(runs, args.force)
+    check(runs, args.force, kept)
     with LiveTable(runs) as display:
         try:
             failed = run_jobs(jobs(runs), display)

@@ -2,7 +2,7 @@
 
 import fnmatch
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -67,15 +67,18 @@ def wanted(found: Sequence[Path], stage: str, extra: Sequence[str]) -> list[Path
     return [path for path in found if path.stem in names]
 
 
-def plan(stage: Stage, sources: Sequence[Path], overrides: Mapping[str, Any], runs: Path) -> list[PlannedRun]:
+def plan(
+    stage: Stage, sources: Sequence[Path], overrides: Mapping[str, Any], runs: Path, stand_ins: bool = False
+) -> list[PlannedRun]:
     """All runs of a stage's experiments. Their setting is the name of the folder that the YAML files lie in.
 
     A variant of the user's own takes the place of all there are, so it has the first file's other values.
+    `stand_ins`: points that are still to be searched are stand-ins, so that all else can be validated.
     """
     planned: dict[str, PlannedRun] = {}
     for source in sources[:1] if "variant" in overrides else sources:
         setting = source.resolve().parent.name
-        content = with_points(read_yaml(source), overrides, runs / setting)
+        content = with_points(read_yaml(source), overrides, None if stand_ins else runs / setting)
         for raw in expand(content, of_file(source, content, stage.name, overrides), str(source)):
             config = validate(stage.schema, raw, str(source))
             run = PlannedRun(stage, config, RunDirectory(runs, setting, f"{stage.name}/{config.name}"))
@@ -96,20 +99,31 @@ def of_file(source: Path, content: Raw, stage: str, overrides: Mapping[str, Any]
     return changes
 
 
+def searches(raw: Raw, overrides: Mapping[str, Any]) -> bool:
+    """Whether the points of a YAML are those of a search. Raises ConfigError for another override of them."""
+    for key, value in overrides.items():
+        if key.partition(".")[0] == "points" and (key, value) != ("points", "search"):
+            raise ConfigError(
+                f"{key}={value} cannot be set; `points` can be set to search only\n"
+                f"give a run other values with variants.<name>.method.alpha=... and the like"
+            )
+    return overrides.get("points", raw.get("points")) == "search"
+
+
 def with_points(raw: Raw, overrides: Mapping[str, Any], folder: Path | None) -> Raw:
     """The YAML with `points: search` replaced by what was chosen from the search's results, in the setting's runs.
 
     Without a folder, for a look at runs that nobody starts, every point is a stand-in.
     """
-    if overrides.get("points", raw.get("points")) != "search":
+    if not searches(raw, overrides):
         return raw
     if folder is None:
-        return {**raw, "points": AnyPoint()}
+        return {**raw, "points": AnyPoint(alpha=0.5, learning_rate=1.0)}  # no valid config has another rate above it
     return {**raw, "points": chosen_points(folder)}
 
 
 class AnyPoint(SimpleNamespace):
-    """Has every attribute, and is each of them."""
+    """Has every attribute; those that it was not given are itself."""
 
     def __getattr__(self, name: str) -> Self:
         return self
@@ -159,8 +173,11 @@ def pick(
     return select(main, only, with_parents)
 
 
-def check(planned: Sequence[PlannedRun], force: bool) -> None:
-    """Everything that can be known to be wrong before a process is started. Raises ConfigError."""
+def check(planned: Sequence[PlannedRun], force: bool, kept: Collection[str] = ()) -> None:
+    """Everything that can be known to be wrong before a process is started. Raises ConfigError.
+
+    `force` removes the runs, but for those whose names are in `kept`.
+    """
     names = {p.name for p in planned}
     for run in planned:
         execution = run.config.execution
@@ -177,7 +194,7 @@ def check(planned: Sequence[PlannedRun], force: bool) -> None:
                     f"make it with: {command_for(parent, run.directory.setting)}"
                 )
     for run in planned:
-        if force:
+        if force and run.name not in kept:
             if run.directory.is_held():
                 raise ConfigError(f"{run.name} is being run by another launcher; --force would destroy its work")
             run.directory.remove()

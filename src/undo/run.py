@@ -91,6 +91,11 @@ class RunDirectory:
             return None
 
     @property
+    def diverged(self) -> bool:
+        """Whether the last attempt failed because its numbers were no longer finite; cli.work names the exception."""
+        return (self.failure or "").startswith(f"{Diverged.__name__}: ")
+
+    @property
     def config(self) -> Raw:
         return read_yaml(self.folder / "config.yaml")
 
