@@ -15,6 +15,7 @@ from rich.table import Table
 from undo.claims import HEADER, as_rows, check
 from undo.cli import guarded
 from undo.config import ConfigError
+from undo.experiment import script_of
 from undo.figures import FIGURES, draw, figures_of
 from undo.report import report
 from undo.results import Results, as_text, write_csv
@@ -27,7 +28,8 @@ def publish(setting: str, runs: Path, names: list[str] | None = None, out: Path 
     """Print the table, write summary.csv and what is named into `out` (default: the setting's folder of runs)."""
     results = Results.read(runs, setting)
     if not results.runs:
-        raise ConfigError(f"{runs / setting} holds no finished run; make some with: uv run run_all.py {setting}")
+        script = script_of(setting)
+        raise ConfigError(f"{runs / setting} holds no finished run; make some with: uv run {script} {setting}")
     out = runs / setting if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     rows = results.table()

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from test_wmdp import world
 
 import run_figures
 import run_wmdp
 from undo import cli
 from undo.config import ConfigError, read_yaml
+from undo.experiment import command_for, script_of
+from undo.figures.missing import Missing
 from undo.launch import Job
 from undo.run import RunDirectory
 from undo.selection import FILE
@@ -155,3 +158,28 @@ def test_a_mistake_in_what_comes_after_is_said_before_the_search(machine, monkey
         wmdp(machine, monkeypatch, override, *more)
     assert words in str(error.value)
     assert machine.made == []
+
+
+# --- the commands that errors name ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "script"),
+    [
+        ("wmdp_small", "run_wmdp.py"),  # its points are searched
+        ("wmdp_bio", "run_wmdp.py"),  # its model is fetched
+        ("language_small", "run_all.py"),
+        ("not_there", "run_all.py"),
+    ],
+)
+def test_the_script_of_a_setting(setting, script, tmp_path):
+    assert script_of(setting) == script
+    with pytest.raises(ConfigError, match=f"uv run {script} {setting}"):
+        run_figures.publish(setting, tmp_path)
+
+
+def test_commands_name_scripts_that_exist():
+    assert "uv run run_wmdp.py wmdp_small --only 'undo/*'" in Missing("it", "undo/*").explain("wmdp_small")
+    assert command_for("base/model", "wmdp_bio") == "uv run run_wmdp.py wmdp_bio --stage prepare --only base/model"
+    for stage in ("base", "pretrain", "unlearn", "distill", "undo", "relearn"):
+        assert (ROOT / command_for(f"{stage}/x", "wmdp_bio").split()[2]).exists()

@@ -134,6 +134,15 @@ def setting_folder(setting: str) -> Path | None:
     return next((folder / setting for folder in CONFIGS if (folder / setting).is_dir()), None)
 
 
+def script_of(setting: str) -> str:
+    """The script that makes a whole setting: run_wmdp.py where a model is fetched or points are searched."""
+    folder = setting_folder(setting)
+    if folder is None:
+        return "run_all.py"
+    searched = (folder / "unlearn.yaml").exists() and searches(read_yaml(folder / "unlearn.yaml"), {})
+    return "run_wmdp.py" if searched or sources(folder, "base") else "run_all.py"
+
+
 def written(folder: Path) -> dict[str, Raw]:
     """All runs of a setting's own YAML files by name, unvalidated."""
     found: dict[str, Raw] = {}
@@ -209,6 +218,8 @@ def check(planned: Sequence[PlannedRun], force: bool, kept: Collection[str] = ()
 def command_for(name: str, setting: str) -> str:
     """The command line that makes a run."""
     stage, _, run = name.partition("/")
+    if stage == "base":  # has no script of its own
+        return f"uv run run_wmdp.py {setting} --stage prepare --only {name}"
     script = "python -m undo.prepare_data" if stage == "prepare" else f"run_{stage}.py"
     return f"uv run {script} {setting} --only {run}"
 

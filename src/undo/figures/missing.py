@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from undo.experiment import matches, setting_folder, written
+from undo.experiment import matches, script_of, setting_folder, written
 
 
 class Missing(NamedTuple):
@@ -14,5 +14,6 @@ class Missing(NamedTuple):
     def explain(self, setting: str) -> str:
         folder = setting_folder(setting)
         if folder is not None and any(matches(name, self.runs) for name in written(folder)):
-            return f"{self.what} is missing; make it with: uv run run_all.py {setting} --only '{self.runs}'"
+            script = script_of(setting)
+            return f"{self.what} is missing; make it with: uv run {script} {setting} --only '{self.runs}'"
         return f"{self.what} is missing, and configs/{setting} holds no {self.runs}; see configs/language"
