@@ -412,7 +412,8 @@ def test_half_a_line_is_cut_off_in_both_files(corpus, server):
 
 def test_a_full_disk_is_said_and_nothing_is_lost(corpus, server):
     """A limit on the size of files stands for it: the write fails in the middle of a line, as on a full disk."""
-    command = [sys.executable, "-m", "undo.prepare_data", "wmdp-qa", *arguments(corpus, server.url)]
+    # -B: else Python leaves the first 2000 bytes of its bytecode beside the libraries, which no later import can read
+    command = [sys.executable, "-B", "-m", "undo.prepare_data", "wmdp-qa", *arguments(corpus, server.url)]
     limited = [sys.executable, "-c", f"{LIMIT}; os.execv(sys.executable, sys.argv[1:])", *command]
     full = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert full.returncode == 1
