@@ -8,7 +8,7 @@ stage (undo.noise.beta=0.5); seed and sweep.seed go to every stage that trains.
 
 import argparse
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import run_undo
 import run_unlearn
 from undo import cli, pretrained
 from undo.config import ConfigError, parse_overrides
-from undo.experiment import PlannedRun, find_configs, pick, plan, sources, wanted
+from undo.experiment import PlannedRun, beside_the_main, find_configs, pick, plan, sources, wanted
 from undo.prepare_data import prepare
 from undo.stage import TrainingStage
 from undo.tables import hyperparameters
@@ -65,17 +65,18 @@ def planned_in(
     """`planned`, of some stages of the setting in `folder`; `stand_ins` as in `plan`."""
     routed = route(parse_overrides(args.overrides), without_seeds)
     found = {name: sources(folder, name) for name in STAGES if name in stages}
-    cli.check_extra(args.extra, [path for paths in found.values() for path in paths])
+    every = [path for paths in found.values() for path in paths]
+    cli.check_extra(args.extra, every)
 
-    def plans(every: bool) -> list[PlannedRun]:
-        chosen = {name: paths if every else wanted(paths, name, args.extra) for name, paths in found.items() if paths}
+    def plans(names: Sequence[str]) -> list[PlannedRun]:
+        chosen = {name: wanted(paths, name, names) for name, paths in found.items() if paths}
         return [
             run
             for name, paths in chosen.items()
             for run in plan(STAGES[name], paths, routed[name], args.runs, stand_ins)
         ]
 
-    return pick(plans(False), lambda: plans(True), args.only, with_parents=True), folder
+    return pick(plans, args.extra, beside_the_main(every), args.only, with_parents=True), folder
 
 
 def main() -> int:

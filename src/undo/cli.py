@@ -13,7 +13,7 @@ from rich.table import Table
 from undo import ranks
 from undo.config import ConfigError, parse_overrides, validate
 from undo.display import LiveTable, si
-from undo.experiment import Cost, Costs, PlannedRun, check, find_configs, jobs, pick, plan, wanted
+from undo.experiment import Cost, Costs, PlannedRun, beside_the_main, check, find_configs, jobs, pick, plan, wanted
 from undo.launch import run_jobs
 from undo.run import INTERRUPTED, Follower, Interrupted, Run
 from undo.stage import Stage, TrainingStage
@@ -31,20 +31,23 @@ def main(stage: Stage) -> None:
         found = find_configs(args.config, stage.name)
         check_extra(args.extra, found)
         overrides = parse_overrides(args.overrides)
-        main = plan(stage, wanted(found, stage.name, args.extra), overrides, args.runs)
-        return pick(main, lambda: plan(stage, found, overrides, args.runs), args.only), found[0].parent
+
+        def plans(names: Sequence[str]) -> list[PlannedRun]:
+            return plan(stage, wanted(found, stage.name, names), overrides, args.runs)
+
+        return pick(plans, args.extra, beside_the_main(found), args.only), found[0].parent
 
     sys.exit(guarded(lambda: launch(arguments.parse_intermixed_args(), planned)))
 
 
 def check_extra(names: Sequence[str], found: Sequence[Path]) -> None:
     """Raises ConfigError if there is no <stage>_<name>.yaml for one of the names."""
-    there = {path.stem.partition("_")[2] for path in found} - {""}
+    there = beside_the_main(found)
     for name in names:
         if name not in there:
             folder = found[0].parent
             raise ConfigError(
-                f"--with {name}: {folder} holds no <stage>_{name}.yaml; there is: {', '.join(sorted(there)) or 'none'}"
+                f"--with {name}: {folder} holds no <stage>_{name}.yaml; there is: {', '.join(there) or 'none'}"
             )
 
 

@@ -61,6 +61,11 @@ def sources(folder: Path, stage: str) -> list[Path]:
     return [*folder.glob(f"{stage}.yaml"), *sorted(folder.glob(f"{stage}_*.yaml"))]
 
 
+def beside_the_main(found: Iterable[Path]) -> list[str]:
+    """The names of <stage>_<name>.yaml, in order."""
+    return sorted({path.stem.partition("_")[2] for path in found} - {""})
+
+
 def wanted(found: Sequence[Path], stage: str, extra: Sequence[str]) -> list[Path]:
     """The main YAML of a stage, and <stage>_<name>.yaml for each name in `extra`."""
     names = {*(path.stem for path in found[:1]), *(f"{stage}_{name}" for name in extra)}
@@ -174,12 +179,21 @@ def select(planned: Sequence[PlannedRun], pattern: str | None, with_parents: boo
 
 
 def pick(
-    main: Sequence[PlannedRun], every: Callable[[], Sequence[PlannedRun]], only: str | None, with_parents: bool = False
+    plans: Callable[[Sequence[str]], Sequence[PlannedRun]],
+    asked: Sequence[str],
+    beside: Sequence[str],
+    only: str | None,
+    with_parents: bool = False,
 ) -> list[PlannedRun]:
-    """`select` from the main experiments; from all of them, `every`, where `only` matches none of the main ones."""
-    if only is not None and not any(matches(run.name, only) for run in main):
-        return select(every(), only, with_parents)
-    return select(main, only, with_parents)
+    """`select` from the main experiments and those `asked` for, whose names `plans` takes.
+
+    Where `only` matches none of them, from the first of those `beside` the main ones that it matches.
+    """
+    for names in (asked, *([*asked, name] for name in beside)):
+        planned = plans(names)
+        if only is None or any(matches(run.name, only) for run in planned):
+            return select(planned, only, with_parents)
+    return select(plans([*asked, *beside]), only, with_parents)
 
 
 def check(planned: Sequence[PlannedRun], force: bool, kept: Collection[str] = ()) -> None:
