@@ -444,24 +444,6 @@ def test_interrupted_it_stops_at_once_and_says_how_to_go_on(corpus, server):
     assert len(outcome(corpus).rows) == 30
 
 
-def test_an_interruption_that_a_request_has_lost_is_said_again(corpus, server, monkeypatch):
-    """anyio loses a cancellation that comes as a connection is made: such a request would go on until its time-out."""
-
-    class Deaf:
-        async def ask(self, prompt, attempt):
-            try:
-                await asyncio.sleep(600)
-            except asyncio.CancelledError:
-                await asyncio.sleep(600)
-
-        async def close(self):
-            pass
-
-    monkeypatch.setattr(extraction, "make_writer", lambda args: Deaf())
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    assert run(corpus, server.url) == 130
-
-
 def test_an_edited_output_and_a_damaged_journal_are_refused(corpus, server, capsys):
     assert run(corpus, server.url) == 0
     out, journal = corpus.with_name("qa.jsonl"), corpus.with_name("qa.requests")

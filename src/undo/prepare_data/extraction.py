@@ -86,11 +86,8 @@ class Extraction:
                 for task in done:
                     task.result()
         finally:
-            running = pending
-            while running:  # one that is just connecting can lose a cancellation to the library's own
-                for task in running:
-                    task.cancel()
-                _, running = await asyncio.wait(running, timeout=0.2)
+            for task in pending:
+                task.cancel()
             await asyncio.gather(*pending, *done, return_exceptions=True)
             await self._writer.close()
 
