@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,12 @@ TINY = {  # overrides that make any training stage of the demo take a second
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_and_slots_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Bit-equal results need a fixed number of threads; device locks must not meet those of a user's launcher."""
+    """Bit-equal results need a fixed number of threads; device locks must not meet those of a user's launcher.
+
+    A shell makes what it starts in the background ignore SIGINT, and all of its children: tests of Ctrl-C would wait.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("slots"))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
