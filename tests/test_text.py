@@ -47,6 +47,8 @@ def test_pairs_are_read_side_by_side(tmp_path):
     assert [(text, text.other) for text in found] == [(f"{i}?\n\nyes {i}", f"{i}?\n\nno") for i in range(2)]
     with pytest.raises(ConfigError, match=r"has no columns, so no paired_with"):
         Source(path=str(write(tmp_path, ".txt")), paired_with="safe").files()
+    with pytest.raises(ValueError, match="have no pair"):
+        Source(path=str(tmp_path / "a.jsonl"), paired_with="safe", questions="definitions")
     with pytest.raises(ConfigError, match=r"line 1: has no column 'other'"):
         list(Source(path=str(tmp_path / "a.jsonl"), column="harm", paired_with="other").texts())
 

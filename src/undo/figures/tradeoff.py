@@ -29,7 +29,6 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
     chosen = results.attack_steps
     figure, axes = panels(len(chosen), sharey=False)
     for axis, step in zip(axes, chosen, strict=True):
-        points = {}
         for label, members in groups.items():
             xs = [a.model.facts["evaluation"]["retain"] for a in members]
             ys = [a.worst_case[step] for a in members]
@@ -46,8 +45,7 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
                 elinewidth=0.7,
                 label=describe(members[0]) if axis is axes[0] else None,
             )
-            if label not in shown:
-                points[label] = (x, y)
+        points = results.medians(step)
         front = sorted(points[label] for label in pareto_front(points, results.attacked[0].model.higher_is_better))
         axis.plot([p[0] for p in front], [p[1] for p in front], color=INK, linewidth=0.8, linestyle="--", zorder=0)
         axis.set_title("before the attack" if step == 0 else f"after {step} steps", fontsize=9)

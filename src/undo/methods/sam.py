@@ -31,7 +31,7 @@ class SAM(OnTop):
 
     @property
     def held_per_weight(self) -> int:
-        return 8 if self.ascent == "forget" else 4  # the sharp gradient and a sum; the copy of the weights
+        return 8 if self.ascent == "forget" else 4  # forget: the sharp gradient and the sum; total: the weights' copy
 
     def step(self, gradient, rng):
         from undo.methods.shift import add, shifted, to_length

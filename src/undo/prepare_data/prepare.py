@@ -253,13 +253,16 @@ def documents(
         speed = (tokens - before) / max(time.monotonic() - begin, 1e-9)
         of = "" if budget is None else f" of {budget:,} ({min(1, tokens / budget):.0%})"
         print(f"{label}: {count:,} documents, {tokens:,}{of} tokens, {speed:,.0f} tokens/s", flush=True)
+        pairs = [text.other for text in some if isinstance(text, Paired)]
+        others: Iterator[list[int]] = iter(tokenizer(pairs, add_special_tokens=False)["input_ids"] if pairs else [])
         for text, ids in zip(some, encoded, strict=True):
             made = np.array([bos, *ids, eos], dtype=np.uint32)
             if isinstance(text, Paired):
-                other = np.array([bos, *tokenizer(text.other, add_special_tokens=False)["input_ids"], eos])
+                other = np.array([bos, *next(others), eos], dtype=np.uint32)
                 shared = min(len(made), len(other))
-                made[:shared] |= np.where(made[:shared] == other[:shared], 0, MARK).astype(np.uint32)
-                made[shared:] |= np.uint32(MARK)
+                differs = np.ones(len(made), dtype=bool)
+                differs[:shared] = made[:shared] != other[:shared]
+                made[differs] |= np.uint32(MARK)
             yield made
 
 

@@ -43,6 +43,12 @@ class Place(Frozen):
     share: Share = 1.0  # of the documents, drawn at random: a corpus may be sorted by source
     questions: Literal["definitions"] | None = None  # not the documents, but questions and answers made from them
 
+    @model_validator(mode="after")
+    def _pairs_are_read_as_they_are(self) -> Self:
+        if self.paired_with is not None and self.questions is not None:
+            raise ValueError("has `questions`, which are made anew and have no pair: leave `paired_with` out")
+        return self
+
     @property
     def label(self) -> str:
         return self.path or self.hub or ""
