@@ -88,6 +88,7 @@ def test_figure_5_shows_robustness_against_compute_and_the_paper_s_alphas(tmp_pa
     (line,) = [line for line in scaling.get_lines() if len(line.get_xdata()) == 4]
     assert list(line.get_xdata()) == [0.5] * 4  # 100 steps against the oracle's 200
     assert line.get_ydata() == pytest.approx([alpha / 0.7 for alpha in (0.2, 0.4, 0.55, 0.65)])
+    assert scaling.get_title().startswith("1 seed a point, ")
     drawn = [line.get_label() for line in relearning.get_lines() if not line.get_label().startswith("_")]
     assert drawn == ["unlearn", *(f"α = {alpha}" for alpha in alphas), "data filtering (oracle)"]
 

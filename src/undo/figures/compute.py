@@ -89,7 +89,8 @@ def _scaling(axis: "Axes", results: Results, groups: list[list[Attacked]]) -> No
     )
     axis.set_xlabel("compute: steps / steps of data filtering", fontsize=8)
     axis.set_ylabel("robustness to relearning", fontsize=8)
-    seeds = len({a.model.seed for members in groups for a in members})
+    counts = {len({a.model.seed for a in members}) for members in groups}  # the points need not have as many each
+    seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     last = max(groups[0][0].worst_case)
-    axis.set_title(f"{seeds} seed{'s' * (seeds > 1)}, after {last} relearning steps", fontsize=8)
+    axis.set_title(f"{seeds} seed{'s' * (max(counts) > 1)} a point, after {last} relearning steps", fontsize=8)
     axis.margins(0.14)
