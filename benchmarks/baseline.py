@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  # its usual name
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from undo.prepare_data.arithmetic import Problem
-from undo.tokens import IGNORE
+from undo.data.problems import Problem
+from undo.lm.tokens import IGNORE
 
 
 def capped(hidden: Tensor, weight: Tensor, softcap: float = 30.0) -> Tensor:

@@ -14,11 +14,13 @@ import baseline
 import measure
 import torch
 
-from undo import models
-from undo.losses import CrossEntropy, ForwardKL, Head, UniformKL, cross_entropy, linear_loss
-from undo.prepare_models import ReducedGemma2
-from undo.tokens import collate
-from undo.train import this_process
+from undo.lm import place as placing
+from undo.lm.tokens import collate
+from undo.losses import cross_entropy
+from undo.losses.linear import Head, linear_loss
+from undo.losses.targets import CrossEntropy, ForwardKL, UniformKL
+from undo.prepare_models.reduced_gemma2 import ReducedGemma2
+from undo.train.loop import this_process
 
 SOFTCAP = 30.0
 
@@ -87,7 +89,7 @@ def attention(device: torch.device, compiled: bool) -> dict[str, float]:
     for fast in (False, True):
         model = shape.build(0).to(device)  # pyright: ignore[reportArgumentType, reportCallIssue]
         if fast:
-            models.place(model, device, compiled)
+            placing.place(model, device, compiled)
         loss = cross_entropy(model, tokens.to(device))
         loss.backward()
         values.append([loss, *(weight.grad for weight in model.parameters())])

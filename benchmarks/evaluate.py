@@ -16,7 +16,7 @@ import measure
 import numpy as np
 from measure import Case, Side
 
-from undo.prepare_models import ReducedGemma2
+from undo.prepare_models.reduced_gemma2 import ReducedGemma2
 
 SHAPE = ReducedGemma2(vocab_size=32_000, hidden_size=320, intermediate_size=1280)
 FOUR_SIDES = ("published", "fixed", "ours", "ours_bf16")
@@ -55,12 +55,12 @@ def accuracy(side: Side, args: argparse.Namespace) -> Callable[[], float]:
     import torch
     from transformers import AutoTokenizer
 
-    from undo import models
+    from undo.data.problems import Problem
     from undo.evaluate import Accuracy
-    from undo.prepare_data.arithmetic import Problem
+    from undo.lm import place as placing
     from undo.prepare_data.prepare import Prepare, prepare
-    from undo.run import Run
-    from undo.train import this_process
+    from undo.runs.run import Run
+    from undo.train.loop import this_process
 
     device = this_process().device
     assert device is not None
@@ -78,7 +78,7 @@ def accuracy(side: Side, args: argparse.Namespace) -> Callable[[], float]:
         problems = [Problem(**json.loads(line)) for line in (run.folder / "problems.jsonl").read_text().splitlines()]
     model = SHAPE.build(0)
     if side.ours:
-        models.place(model, device)
+        placing.place(model, device)
     else:
         torch.nn.Module.to(model, device)
 
@@ -95,18 +95,18 @@ def validation_loss(side: Side, args: argparse.Namespace) -> Callable[[], float]
     import baseline
     import torch
 
-    from undo import models
+    from undo.data.store import pack
     from undo.evaluate import TokenCrossEntropy
-    from undo.run import RunDirectory
-    from undo.tokens import pack
-    from undo.train import this_process
+    from undo.lm import place as placing
+    from undo.runs.directory import RunDirectory
+    from undo.train.loop import this_process
 
     device = this_process().device
     assert device is not None
     texts = documents(args)
     model = SHAPE.model_copy(update={"layers": 4}).build(0)
     if side.ours:
-        models.place(model, device)
+        placing.place(model, device)
     else:
         torch.nn.Module.to(model, device)
     with tempfile.TemporaryDirectory() as folder:

@@ -33,8 +33,9 @@ def build(case: str, side: Side, args: argparse.Namespace) -> Callable[[], float
     import baseline
     import torch
 
-    from undo.losses import CrossEntropy, ForwardKL, Head, UniformKL, linear_loss
-    from undo.train import this_process
+    from undo.losses.linear import Head, linear_loss
+    from undo.losses.targets import CrossEntropy, ForwardKL, UniformKL
+    from undo.train.loop import this_process
 
     place, rng = this_process().device, torch.Generator().manual_seed(0)
 

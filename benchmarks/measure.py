@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from undo.launch import MALLOC
+from undo.launch.local import MALLOC
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16
 MARK = "@measure "  # before what a side says; the libraries talk on the same channel

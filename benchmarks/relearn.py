@@ -20,7 +20,7 @@ import measure
 import numpy as np
 from measure import Case, Side
 
-from undo.prepare_models import ReducedGemma2
+from undo.prepare_models.reduced_gemma2 import ReducedGemma2
 
 DEMO = ReducedGemma2(
     vocab_size=448,
@@ -66,8 +66,8 @@ def build(case: str, side: Side, args: argparse.Namespace) -> Callable[[], float
 
 
 def ours(folder: Path, case: str, side: Side, settings: dict[str, Any], args: argparse.Namespace) -> float:
-    import run_relearn
-    from undo.run import Run
+    from undo.attacks import relearn as run_relearn
+    from undo.runs.run import Run
 
     evaluation = settings["evaluation"]
     if case.endswith("subset"):
@@ -96,9 +96,9 @@ def plain(folder: Path, case: str, side: Side, settings: dict[str, Any], args: a
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from undo.prepare_data.arithmetic import Problem
-    from undo.tokens import TokenStore
-    from undo.train import this_process
+    from undo.data.problems import Problem
+    from undo.data.store import TokenStore
+    from undo.train.loop import this_process
 
     data, training = folder / "benchmark/prepare/data", settings["training"]
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -143,8 +143,8 @@ def _documents(role: str, part: str, args: argparse.Namespace) -> list[np.ndarra
 
 
 def _prepare_language(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    from undo.run import RunDirectory
-    from undo.tokens import pack
+    from undo.data.store import pack
+    from undo.runs.directory import RunDirectory
 
     data = RunDirectory(folder, "benchmark", "prepare/data")
     rows = {}
@@ -162,7 +162,7 @@ def _prepare_language(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def _prepare_demo(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     from undo.prepare_data.prepare import Prepare, prepare
-    from undo.run import Run
+    from undo.runs.run import Run
 
     world = {"problems": 8000, "largest_term": 20, "largest_factor": 10, "validation_per_cell": 50}
     config = Prepare.model_validate(

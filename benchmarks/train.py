@@ -16,7 +16,7 @@ from typing import Any
 import measure
 from measure import Case, Side
 
-from undo.prepare_models import ReducedGemma2
+from undo.prepare_models.reduced_gemma2 import ReducedGemma2
 
 SHAPES = {
     "0.1B": ReducedGemma2(hidden_size=320, intermediate_size=1280),
@@ -57,17 +57,17 @@ def cases(args: argparse.Namespace) -> dict[str, Case]:
 def build(case: str, side: Side, args: argparse.Namespace) -> Callable[[], float]:
     import torch
 
-    from undo import models
-    from undo.train import this_process
+    from undo.lm import place as placing
+    from undo.train.loop import this_process
 
     device = this_process().device
     assert device is not None
     student, teacher = shape_of(case, args).build(0), None
     if not case.startswith("pretrain"):
-        teacher = models.freeze(shape_of(case, args).build(1))
+        teacher = placing.freeze(shape_of(case, args).build(1))
     if side.ours:
-        student = models.place(student, device, args.compile)
-        teacher = teacher and models.place(teacher, device, args.compile)
+        student = placing.place(student, device, args.compile)
+        teacher = teacher and placing.place(teacher, device, args.compile)
     else:
         torch.nn.Module.to(student, device)
         teacher = teacher and torch.nn.Module.to(teacher, device)
@@ -121,13 +121,13 @@ def ours(case: str, side: Side, args: argparse.Namespace, student: Any, teacher:
     """The loop itself, with its records; checkpoints, evaluation and the reading of stores are left out."""
     import torch
 
-    from undo.config import StageConfig, Training
+    from undo.config.schema import StageConfig, Training
     from undo.evaluate.evaluator import Measured
+    from undo.lm.tokens import collate
     from undo.losses import cross_entropy, forward_kl
-    from undo.methods import rmu
-    from undo.run import Run
-    from undo.tokens import collate
-    from undo.train import train
+    from undo.runs.run import Run
+    from undo.train.loop import train
+    from undo.unlearn import rmu
 
     class Rows:
         """Stands in for a MixedStream."""

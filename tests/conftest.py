@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import Gemma2ForCausalLM
 
-from undo.config import Execution, Training
+from undo.config.schema import Execution, Training
+from undo.lm.tokens import MARK, Tokens, collate
 from undo.prepare_data.prepare import Prepare, prepare
-from undo.prepare_models import ReducedGemma2
-from undo.run import Run, RunDirectory
-from undo.tokens import MARK, Tokens, collate
+from undo.prepare_models.reduced_gemma2 import ReducedGemma2
+from undo.runs.directory import RunDirectory
+from undo.runs.run import Run
 
 ROOT = Path(__file__).parents[1]
 SHAPE = ReducedGemma2(

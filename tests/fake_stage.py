@@ -8,8 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from undo.launch import DeviceShare, Job
-from undo.run import Run, RunDirectory
+from undo.launch.jobs import DeviceShare, Job
+from undo.runs.directory import RunDirectory
+from undo.runs.run import Run
 
 ONE = DeviceShare()
 

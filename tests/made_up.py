@@ -4,7 +4,8 @@ import json
 
 from omegaconf import OmegaConf
 
-from undo.results import Results
+from undo.results.results import Results
+from undo.settings.stages import STAGES
 
 STEPS = (0, 20, 40, 500)
 
@@ -38,4 +39,4 @@ class World:
         self.run(f"relearn/{variant}-{seed}", variant, seed=seed, curve=curve, model=name)
 
     def results(self) -> Results:
-        return Results.read(self.folder, self.setting)
+        return Results.read(self.folder, self.setting, tuple(STAGES))

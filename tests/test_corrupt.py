@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import SHAPE
 from torch import nn
 
-from undo.noise import Noise
+from tests.conftest import SHAPE
+from undo.corrupt import Noise
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

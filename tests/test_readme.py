@@ -6,8 +6,8 @@ import shutil
 import subprocess
 import sys
 
-from conftest import ROOT, run_script
-from test_pipeline import SMALL
+from tests.conftest import ROOT, run_script
+from tests.settings.test_pipeline import SMALL
 
 
 def test_a_new_method_is_one_file_and_one_name(tmp_path):
@@ -21,7 +21,7 @@ def test_a_new_method_is_one_file_and_one_name(tmp_path):
     text = union.read_text()
     union.write_text(
         text.replace("GradDiff | MaxEnt", "GradAscent | GradDiff | MaxEnt").replace(
-            "from undo.methods.graddiff", "from undo.methods.gradascent import GradAscent\nfrom undo.methods.graddiff"
+            "from undo.unlearn.graddiff", "from undo.methods.gradascent import GradAscent\nfrom undo.methods.graddiff"
         )
     )
     environment = {"PYTHONPATH": str(package.parent)}

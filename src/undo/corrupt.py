@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from undo.config import Frozen, NonNegative, Share
+from undo.config.schema import Frozen, NonNegative, Share
 
 if TYPE_CHECKING:
     import torch

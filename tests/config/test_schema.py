@@ -7,17 +7,23 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-import run_all
-from run_pretrain import Pretrain
-from run_unlearn import Unlearn
-from undo.config import ConfigError, StageConfig, as_raw, differences, expand, parse_overrides, read_yaml, validate
-from undo.experiment import STAGES, check, find_configs, plan, sources
+from tests.conftest import ROOT
+from undo.config.mistakes import ConfigError
+from undo.config.schema import StageConfig, as_raw, differences, validate
+from undo.config.sweep import expand, parse_overrides, read_yaml
+from undo.experiments import cli
+from undo.experiments.check import check
+from undo.experiments.plan import find_configs, plan, sources
+from undo.experiments.points import FILE
 from undo.prepare_data.prepare import Prepare
-from undo.selection import FILE, RANKS
+from undo.prepare_models.pretrain import Pretrain
+from undo.results.selection import RANKS
+from undo.settings import whole as run_all
+from undo.settings.stages import STAGES
+from undo.unlearn.stage import Unlearn
 
 DEMO = ROOT / "configs" / "demo"
 SETTINGS = sorted({path.parent for path in (ROOT / "configs").glob("*/*.yaml")})
@@ -25,7 +31,7 @@ SETTINGS = sorted({path.parent for path in (ROOT / "configs").glob("*/*.yaml")})
 
 def runs_of(stage: str, *overrides: str, path=None) -> list[StageConfig]:
     path = path or DEMO / f"{stage}.yaml"
-    schema = run_all.STAGES[stage].schema
+    schema = STAGES[stage].schema
     return [validate(schema, raw, path.name) for raw in expand(read_yaml(path), parse_overrides(overrides), path.name)]
 
 
@@ -44,7 +50,7 @@ def test_every_config_is_valid_and_every_parent_exists(folder, tmp_path):
         run
         for name in STAGES
         if (folder / f"{name}.yaml").exists()
-        for run in plan(run_all.STAGES[name], sources(folder, name), {}, tmp_path)
+        for run in plan(STAGES[name], sources(folder, name), {}, tmp_path)
     ]
     names = [run.name for run in planned]
     assert len(set(names)) == len(names)
@@ -124,9 +130,9 @@ def test_an_override_of_one_variant_beats_the_others_and_its_sweep():
 
 
 def prepared(setting: str, *overrides: str) -> dict[str, Prepare]:
-    """Variant -> config, as `python -m undo.prepare_data` plans them."""
+    """Variant -> config, as `run_prepare.py` plans them."""
     found = sources(ROOT / "configs" / setting, "prepare")
-    planned = plan(run_all.STAGES["prepare"], found, parse_overrides(overrides), ROOT / "runs")
+    planned = plan(STAGES["prepare"], found, parse_overrides(overrides), ROOT / "runs")
     return {run.config.variant: run.config for run in planned if isinstance(run.config, Prepare)}
 
 
@@ -166,7 +172,7 @@ def test_the_remedy_for_a_missing_file_is_one(variant, missing, tmp_path, monkey
 
 def test_a_variant_of_another_yaml_of_the_stage_is_no_mistake(tmp_path):
     """--only and --with choose among the files; an override of what is not chosen changes nothing."""
-    stage, found = run_all.STAGES["unlearn"], sources(DEMO, "unlearn")
+    stage, found = STAGES["unlearn"], sources(DEMO, "unlearn")
     change = {"variants.sam.method.rho": 0.5}
     main, as_it_is = plan(stage, found[:1], change, tmp_path), plan(stage, found[:1], {}, tmp_path)
     assert [run.config for run in main] == [run.config for run in as_it_is]
@@ -347,7 +353,7 @@ def test_experiments_beside_the_main_one(tmp_path, monkeypatch):
     shutil.copytree(DEMO, folder)
 
     def planned(*arguments: str) -> set[str]:
-        args = run_all.cli.parser("").parse_intermixed_args([str(folder), *arguments])
+        args = cli.parser("").parse_intermixed_args([str(folder), *arguments])
         args.runs = tmp_path
         return {run.name for run in run_all.planned(args)[0]}
 
@@ -369,23 +375,23 @@ def test_experiments_beside_the_main_one(tmp_path, monkeypatch):
 
 def test_seeds_of_a_whole_setting_are_those_of_training(tmp_path):
     """The README's way to three seeds: the data are prepared once, with their own seed."""
-    args = run_all.cli.parser("").parse_intermixed_args(["demo", "sweep.seed=[0,1,2]", "--runs", str(tmp_path)])
+    args = cli.parser("").parse_intermixed_args(["demo", "sweep.seed=[0,1,2]", "--runs", str(tmp_path)])
     runs, _ = run_all.planned(args)
     assert [run.name for run in runs if run.stage.name == "prepare"] == ["prepare/data"]
-    one = run_all.planned(run_all.cli.parser("").parse_intermixed_args(["demo", "--runs", str(tmp_path)]))[0]
+    one = run_all.planned(cli.parser("").parse_intermixed_args(["demo", "--runs", str(tmp_path)]))[0]
     assert len(runs) == 3 * (len(one) - 1) + 1
     assert run_all.route({"seed": 7})["prepare"] == {}
 
 
 def test_text_that_is_not_there_is_said_before_anything_starts(tmp_path):
     """Once, and not as the failure of all that stands on it."""
-    stage = run_all.STAGES["prepare"]
+    stage = STAGES["prepare"]
     path = {"data.retain.path": str(tmp_path / "*.txt")}
     planned = plan(stage, sources(ROOT / "configs/language_small", "prepare"), path, tmp_path)
     with pytest.raises(ConfigError) as error:
         check(planned, force=False)
     assert str(error.value).splitlines() == [
         f"data.retain: {tmp_path}/*.txt: there is no such file",
-        "give your own files with prepare.data.retain.path=... (python -m undo.prepare_data: without `prepare.`)",
+        "give your own files with prepare.data.retain.path=... (run_prepare.py: without `prepare.`)",
     ]
     assert not planned[0].directory.folder.exists()

@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from conftest import batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from undo import tokens
-from undo.config import ConfigError
-from undo.tokens import IGNORE, MixedStream, TokenStore, batched, best_fit, collate, pack
+from tests.conftest import batch
+from undo.config.mistakes import ConfigError
+from undo.data import store as tokens
+from undo.data.store import TokenStore, batched, best_fit, pack
+from undo.data.stream import MixedStream
+from undo.lm.tokens import IGNORE, collate
 
 
 @given(st.lists(st.integers(1, 20), max_size=80))

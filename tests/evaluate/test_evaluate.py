@@ -7,18 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, training
-from test_train import go
 from transformers import AutoTokenizer
 
+from tests.conftest import SHAPE, training
+from tests.train.test_loop import go
+from undo.data.problems import Problem
+from undo.data.store import TokenStore
 from undo.evaluate import Accuracy, TokenCrossEntropy
 from undo.evaluate.accuracy import arg_max_hits, encode, pack_answers, summarise
 from undo.evaluate.evaluator import Measured
 from undo.losses import cross_entropy
-from undo.prepare_data.arithmetic import Problem
-from undo.run import RunDirectory
-from undo.stage import TrainingStage, shared_evaluation
-from undo.tokens import TokenStore
+from undo.runs.directory import RunDirectory
+from undo.train.fit import shared_evaluation
+from undo.train.stage import TrainingStage
 
 
 @pytest.fixture(scope="module")

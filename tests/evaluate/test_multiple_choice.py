@@ -15,18 +15,21 @@ import pyarrow
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SHAPE, lively, training
 from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
-from undo.config import ConfigError, validate
+from tests.conftest import ROOT, SHAPE, lively, training
+from undo.config.mistakes import ConfigError
+from undo.config.schema import validate
 from undo.evaluate import MultipleChoice, TokenCrossEntropy
 from undo.evaluate.harness import Benchmark, Encoded, InMemory, build, plan, quiet, write_task
-from undo.evaluate.multiple_choice import Questions, describe
-from undo.models import place, save
-from undo.run import RunDirectory
-from undo.stage import TrainingStage
+from undo.evaluate.multiple_choice import describe
+from undo.evaluate.questions import Questions
+from undo.lm.disk import save
+from undo.lm.place import place
+from undo.runs.directory import RunDirectory
+from undo.train.stage import TrainingStage
 
 WORDS = [
     "the",

@@ -3,17 +3,20 @@
 import baseline
 import pytest
 import torch
-from conftest import SHAPE, batch, lively
 from counting import Counter, passes
 from transformers import AutoTokenizer
 
-from undo import losses
+from tests.conftest import SHAPE, batch, lively
+from undo import losses as equations
 from undo.evaluate.accuracy import arg_max_hits, pack_answers
-from undo.losses import CrossEntropy, ForwardKL, Grid, Head, UniformKL, linear_loss
-from undo.methods import RMU
-from undo.models import freeze
+from undo.lm.place import freeze
+from undo.lm.tokens import IGNORE
+from undo.losses import linear as losses
+from undo.losses.linear import Head, linear_loss
+from undo.losses.logits import Grid
+from undo.losses.targets import CrossEntropy, ForwardKL, UniformKL
 from undo.prepare_data.arithmetic import ArithmeticWorld
-from undo.tokens import IGNORE
+from undo.unlearn import RMU
 
 TOKENS, VOCABULARY, WIDTH = 64, 4000, 8  # the head's weights are far smaller than the logits
 
@@ -108,14 +111,14 @@ def test_nothing_grows_with_tokens_times_vocabulary(loss, monkeypatch):
     assert tokens.total > 80
     with Counter() as counter:
         if loss == "kl":
-            losses.forward_kl(student, teacher, tokens).backward()
+            equations.forward_kl(student, teacher, tokens).backward()
         elif loss == "ce":
-            losses.cross_entropy(student, tokens).backward()
+            equations.cross_entropy(student, tokens).backward()
         elif loss == "uniform":
-            losses.uniform_kl(student, tokens).backward()
+            equations.uniform_kl(student, tokens).backward()
         else:
             with torch.no_grad():
-                losses.cross_entropy(student, tokens)
+                equations.cross_entropy(student, tokens)
                 arg_max_hits(student, tokens)
     assert counter.largest == -(-3000 // 700) * 700 * 20  # the buffer of a chunk: whole tiles
 

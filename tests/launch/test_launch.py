@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_stage import Recorder, directory, job
 
-from undo import launch
-from undo.launch import DeviceShare, run_jobs, take_slot, visible_gpus
+from tests.conftest import ROOT
+from tests.fake_stage import Recorder, directory, job
+from undo.launch import devices
+from undo.launch.devices import take_slot, visible_gpus
+from undo.launch.jobs import DeviceShare
+from undo.launch.local import run_jobs
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +113,7 @@ def test_asking_in_vain_leaves_nothing_behind(tmp_path):
 
 
 def test_cpu_workers_divide_the_cores(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "cores", lambda: 6)
+    monkeypatch.setattr(devices, "cores", lambda: 6)
     taken = [take_slot(DeviceShare(threads=2), [], tmp_path) for _ in range(4)]
     assert [slot is not None for slot in taken] == [True, True, True, False]
     for slot in taken[:3]:
@@ -140,10 +143,10 @@ def start_launcher(runs: Path, *names: str) -> subprocess.Popen[str]:
     """A launcher in a process of its own, one job for each name."""
     program = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from fake_stage import Recorder, job
-from undo.launch import run_jobs
+from tests.fake_stage import Recorder, job
+from undo.launch.local import run_jobs
 try:
     run_jobs([job(Path({str(runs)!r}), name) for name in {names!r}], Recorder())
 except KeyboardInterrupt:

@@ -6,20 +6,26 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import fits
 import pytest
 import torch
-from conftest import ROOT, SHAPE, batch, lively, metrics, training
-from test_architectures import build
-from test_train import go, same
 from transformers import PreTrainedModel
 
-from undo import memory, models
-from undo.config import ConfigError, Execution, as_raw, validate
+from tests.conftest import ROOT, SHAPE, batch, lively, metrics, training
+from tests.lm.test_architectures import build
+from tests.train.test_loop import go, same
+from undo.config.mistakes import ConfigError
+from undo.config.schema import Execution, as_raw, validate
+from undo.lm import disk, memory
+from undo.lm import place as placing
+from undo.lm import read as models
 from undo.losses import activation_mse, cross_entropy
-from undo.methods import SAM
-from undo.prepare_models import ReducedGemma2
-from undo.run import Interrupted, Run
-from undo.stage import require_memory
+from undo.prepare_models import known
+from undo.prepare_models.reduced_gemma2 import ReducedGemma2
+from undo.runs.directory import Interrupted
+from undo.runs.run import Run
+from undo.train.parents import require_memory
+from undo.unlearn import SAM
 
 CPU = torch.device("cpu")
 ONE_RUN = """
@@ -27,13 +33,14 @@ import resource, sys
 sys.path[:0] = [{tests!r}]
 import torch
 torch.set_num_threads(1)
-from conftest import batch, execution, training
-from undo import memory, models
+from tests.conftest import batch, execution, training
+from undo.lm import memory, place as placing
 from accelerate import PartialState
 from undo.losses import cross_entropy
-from undo.methods import SAM
-from undo.prepare_models import ReducedGemma2
-from undo.train import BatchGradient, _optimizer
+from undo.unlearn import SAM
+from undo.prepare_models.reduced_gemma2 import ReducedGemma2
+from undo.train.gradient import BatchGradient
+from undo.train.loop import _optimizer
 
 def peak():
     try:  # of this program: Linux lets ru_maxrss begin at what the parent, pytest with all its tests, had taken
@@ -43,7 +50,7 @@ def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 def steps(shape, cfg, rows, length, method=None):
-    model = models.place(shape.build(0), torch.device("cpu"))
+    model = placing.place(shape.build(0), torch.device("cpu"))
     weights = list(model.parameters())
     optimizer = _optimizer(weights, cfg)
     tokens = batch(cfg.batch_rows, length, vocab_size=shape.vocab_size)
@@ -88,7 +95,7 @@ def gradients(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, torch.Ten
 def test_checkpointing_changes_no_bit(name):
     """Losses on the head, on a block's output, and on all blocks and MLPs; models with dropout in their configs too."""
     tokens, plain, checkpointed = batch(length=40), build(name), build(name)
-    models.place(checkpointed, CPU, checkpointed=True)
+    placing.place(checkpointed, CPU, checkpointed=True)
 
     def through_hooks(model):
         outputs, mlps = models.recorded(model, tokens)
@@ -116,22 +123,22 @@ def test_checkpointing_changes_no_bit(name):
 
 def test_checkpointing_draws_no_dropout():
     """The library checkpoints only what is in training mode; a gradient here is a function of the batch."""
-    model = models.place(build("gpt-neox"), CPU, checkpointed=True)
+    model = placing.place(build("gpt-neox"), CPU, checkpointed=True)
     tokens = batch(length=40)
     one, two = (models.hidden_states(model, tokens) for _ in range(2))
     assert torch.equal(one, two)
 
 
 def test_a_teacher_is_not_checkpointed():
-    model = models.freeze(models.place(build("llama"), CPU, checkpointed=True))
+    model = placing.freeze(placing.place(build("llama"), CPU, checkpointed=True))
     assert not any(module.training for module in model.modules())
 
 
 def test_a_checkpointed_run_is_the_same_run(tmp_path, data):
     plain, _ = go(tmp_path / "a", data)
-    placed = models.place(lively(SHAPE.build(0)), CPU)
+    placed = placing.place(lively(SHAPE.build(0)), CPU)
     other, _ = go(tmp_path / "b", data, placed)
-    checkpointed, _ = go(tmp_path / "c", data, models.place(lively(SHAPE.build(0)), CPU, checkpointed=True))
+    checkpointed, _ = go(tmp_path / "c", data, placing.place(lively(SHAPE.build(0)), CPU, checkpointed=True))
     assert same(other, checkpointed)
     for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
@@ -182,7 +189,7 @@ def test_eight_bits_are_resumed_bit_by_bit(tmp_path, data, monkeypatch, stop_at)
 
 def test_a_missing_optimiser_is_said_before_anything_starts(data, monkeypatch):
     from undo.evaluate import TokenCrossEntropy
-    from undo.stage import TrainingStage
+    from undo.train.stage import TrainingStage
 
     raw = {"name": "x", "data": "prepare/data", "evaluation": TokenCrossEntropy()}
     config = TrainingStage.model_construct(**raw, training=training(optimizer="adamw_8bit"))
@@ -194,7 +201,7 @@ def test_a_missing_optimiser_is_said_before_anything_starts(data, monkeypatch):
 
 def test_tokens_per_second_leave_the_first_step_out(tmp_path, data, monkeypatch):
     """By a clock of ours: 10 s for the first step, 2 s for each other; evaluation takes an hour."""
-    from undo import train
+    from undo.train import loop as train
 
     now = [0.0]
     durations = iter([10.0, *[2.0] * 5])
@@ -223,7 +230,7 @@ def test_the_estimate_is_near_a_measured_peak():
 
     SAM's step holds a copy of the weights besides; with all its offsets and the first gradient it would be three.
     """
-    command = [sys.executable, "-c", ONE_RUN.format(tests=str(ROOT / "tests"))]
+    command = [sys.executable, "-c", ONE_RUN.format(tests=str(ROOT))]
     result = subprocess.run(command, env={**os.environ, "MALLOC_ARENA_MAX": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     plain, sam = ([float(number) for number in line.split()] for line in result.stdout.splitlines())
@@ -243,7 +250,7 @@ def test_activations_are_bounded(name, mixed):
     """
     model, tokens = build(name).float(), batch(rows=2, length=256)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    shape, kept = models.shape(model), {}
+    shape, kept = disk.shape(model), {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -285,7 +292,7 @@ def test_weights_gradients_and_states_are_counted():
 
 def test_what_a_step_holds_is_counted():
     """Of the weights that are trained: RMU below a step with a second gradient has few of them."""
-    shape, cfg = memory.MODELS["gemma-2-2b"], training(batch_rows=8, precision="bf16")
+    shape, cfg = known.MODELS["gemma-2-2b"], training(batch_rows=8, precision="bf16")
     plain = memory.needed(shape, cfg, Execution(), 1024)
     sam = memory.needed(shape, cfg, Execution(), 1024, held=SAM(ascent="forget").held_per_weight)
     assert sam.total - plain.total == sam.step == 8 * shape.parameters
@@ -294,7 +301,7 @@ def test_what_a_step_holds_is_counted():
 
 
 def test_a_run_of_sam_is_asked_for_what_its_step_holds(data, monkeypatch):
-    from run_unlearn import Unlearn
+    from undo.unlearn.stage import Unlearn
 
     asked = []
     monkeypatch.setattr(memory, "require", lambda *_, **more: asked.append(more["held"]))
@@ -306,12 +313,12 @@ def test_a_run_of_sam_is_asked_for_what_its_step_holds(data, monkeypatch):
 
 
 def test_known_models_have_their_known_sizes():
-    sizes = {name: shape.parameters for name, shape in memory.MODELS.items()}
+    sizes = {name: shape.parameters for name, shape in known.MODELS.items()}
     assert sizes == {"gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952, "gemma-2-2b": 2_614_341_888}
 
 
 def test_what_is_too_large_is_refused_with_the_keys_that_help():
-    shape, cfg = memory.MODELS["gemma-2-2b"], training(batch_rows=8, precision="bf16")
+    shape, cfg = known.MODELS["gemma-2-2b"], training(batch_rows=8, precision="bf16")
     assert memory.require(140e9, shape, cfg, Execution(), 1024).total < 140e9
     with pytest.raises(ConfigError) as refusal:
         memory.require(45e9, shape, cfg, Execution(), 1024)
@@ -327,7 +334,7 @@ def test_what_is_too_large_is_refused_with_the_keys_that_help():
 
 
 def test_the_advice_fits():
-    shape, cfg = memory.MODELS["gemma-3-1b"], training(batch_rows=8)
+    shape, cfg = known.MODELS["gemma-3-1b"], training(batch_rows=8)
     found = list(memory.options(shape, cfg, Execution(), 512))
     assert found[0].keys == ""
     assert len({option.keys for option in found}) == len(found) == 2 * 2 * 4
@@ -335,7 +342,7 @@ def test_the_advice_fits():
 
 
 def test_a_run_that_does_not_fit_fails_before_its_weights_are_loaded(data, monkeypatch):
-    from run_pretrain import Pretrain, pretrain
+    from undo.prepare_models.pretrain import Pretrain, pretrain
 
     run = Run(data.runs, "tiny", "pretrain/too-large")
     raw = {
@@ -362,7 +369,7 @@ def test_this_machine_has_memory():
 
 
 def test_the_table_names_every_model_and_card():
-    text = memory.table()
-    assert all(name in text for name in memory.MODELS)
+    text = fits.table()
+    assert all(name in text for name in known.MODELS)
     assert "141 GB" in text
     assert "modelled, not measured" in text

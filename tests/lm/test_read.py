@@ -3,15 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, batch, lively
 from transformers import AutoModelForCausalLM
 
-from undo import models
-from undo.config import ConfigError
+from tests.conftest import SHAPE, batch, lively
+from undo.config.mistakes import ConfigError
+from undo.lm import disk
+from undo.lm import place as placing
+from undo.lm import read as models
+from undo.lm.read import hidden_states
+from undo.lm.tokens import collate
 from undo.losses import cross_entropy
-from undo.models import hidden_states
-from undo.prepare_models import SIZES, ReducedGemma2
-from undo.tokens import collate
+from undo.prepare_models.reduced_gemma2 import SIZES, ReducedGemma2
 
 
 @pytest.mark.parametrize(
@@ -64,25 +66,25 @@ def test_a_layer_that_does_not_exist_is_refused(model):
 
 
 def test_save_and_load(tmp_path, data, model):
-    models.save(model, data.folder / "tokenizer", tmp_path / "model")
-    for loaded in (models.load(tmp_path / "model"), AutoModelForCausalLM.from_pretrained(tmp_path / "model")):
+    disk.save(model, data.folder / "tokenizer", tmp_path / "model")
+    for loaded in (disk.load(tmp_path / "model"), AutoModelForCausalLM.from_pretrained(tmp_path / "model")):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-    for shape in (models.shape(model), models.read_shape(tmp_path / "model")):
+    for shape in (disk.shape(model), disk.read_shape(tmp_path / "model")):
         assert (shape.layers, shape.heads, shape.head_dim, shape.parameters) == (2, 2, 8, SHAPE.parameters)
         assert [shape.forward_flops(n) for n in (64, 8192)] == [SHAPE.forward_flops(n) for n in (64, 8192)]
 
 
 def test_weights_load_in_fp32_whatever_they_were_saved_in(tmp_path, data):
-    models.save(lively(SHAPE.build(0)).bfloat16(), data.folder / "tokenizer", tmp_path / "model")
-    assert {w.dtype for w in models.load(tmp_path / "model").parameters()} == {torch.float32}
+    disk.save(lively(SHAPE.build(0)).bfloat16(), data.folder / "tokenizer", tmp_path / "model")
+    assert {w.dtype for w in disk.load(tmp_path / "model").parameters()} == {torch.float32}
 
 
 def test_only_safetensors_are_loaded(tmp_path, data, model):
-    models.save(model, data.folder / "tokenizer", tmp_path / "model")
+    disk.save(model, data.folder / "tokenizer", tmp_path / "model")
     torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="only safetensors"):
-        models.load(tmp_path / "model")
+        disk.load(tmp_path / "model")
 
 
 def test_flex_attention_equals_eager(monkeypatch):
@@ -111,7 +113,7 @@ def test_blocked_attention_equals_eager_with_gradients(length, softcap):
     """Several blocks, documents across their borders and within them, padding, grouped heads."""
     shape = SHAPE.model_copy(update={"heads": 4, "kv_heads": 2, "attention_softcap": softcap})
     eager, blocked = (lively(shape.build(seed=0)).double() for _ in range(2))
-    models.place(blocked, torch.device("cpu"))
+    placing.place(blocked, torch.device("cpu"))
     rng = np.random.default_rng(0)
     sizes = [(length // 5, length // 2), (length - 3,), tuple([length // 10] * 9)]
     tokens = collate([[rng.integers(4, 400, n) for n in row] for row in sizes], length)
@@ -126,7 +128,7 @@ def test_blocked_attention_equals_eager_with_gradients(length, softcap):
 def test_blocked_attention_leaves_the_library_s_own_calls_alone():
     """generate() with its cache, and a plain call with padding, are what they were."""
     plain, placed = (lively(SHAPE.build(seed=0)) for _ in range(2))
-    models.place(placed, torch.device("cpu"))
+    placing.place(placed, torch.device("cpu"))
     ids, mask = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     for call in (
         lambda m: m(ids, attention_mask=mask).logits,

@@ -7,14 +7,19 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, batch, lively
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from undo import losses
-from undo.losses import CrossEntropy, ForwardKL, Grid, Head, UniformKL, linear_loss
-from undo.models import hidden_states
-from undo.tokens import IGNORE, collate
+from tests.conftest import SHAPE, batch, lively
+from undo import losses as equations
+from undo.lm.read import hidden_states
+from undo.lm.tokens import IGNORE, collate
+from undo.losses import linear as losses
+from undo.losses import logits as tiles
+from undo.losses import targets
+from undo.losses.linear import Head, linear_loss
+from undo.losses.logits import Grid
+from undo.losses.targets import CrossEntropy, ForwardKL, UniformKL
 
 WIDTH = 5
 
@@ -170,7 +175,8 @@ def test_one_graph_for_the_compiler(kind, monkeypatch):
     monkeypatch.setattr(losses, "grid", lambda *_: Grid(8, 50))
     plain = linear_loss(hidden, Head(weight, 30.0), chosen)
     expected = plain, *torch.autograd.grad(plain, (hidden, weight))
-    monkeypatch.setattr(losses, "_fused", compiled)
+    monkeypatch.setattr(targets, "fused", compiled)
+    monkeypatch.setattr(tiles, "fused", compiled)
     loss = linear_loss(hidden, Head(weight, 30.0), chosen)
     torch.testing.assert_close((loss, *torch.autograd.grad(loss, (hidden, weight))), expected)
     assert len(set(graphs)) == 2
@@ -186,9 +192,9 @@ def test_gradients_of_a_whole_model(kind, tied):
             network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.detach().flip(0).clone())
     tokens = collate([[np.arange(4, 16)], [np.arange(30, 42)]])  # a document a row: the library's masks will do
     if kind == "ce":
-        loss = losses.cross_entropy(ours, tokens)
+        loss = equations.cross_entropy(ours, tokens)
     else:
-        loss = losses.uniform_kl(ours, tokens) if kind == "uniform" else losses.forward_kl(ours, teacher, tokens)
+        loss = equations.uniform_kl(ours, tokens) if kind == "uniform" else equations.forward_kl(ours, teacher, tokens)
     loss.backward()
     log_p = plain(tokens.input_ids).logits[:, :-1].log_softmax(-1)
     if kind == "ce":
@@ -213,9 +219,9 @@ def test_batch_without_labels_costs_nothing_and_is_zero(model):
     empty = type(tokens)(tokens.input_ids, tokens.positions, tokens.labels, total=1, documents=1)
     teacher = SHAPE.build(seed=5)
     for loss in (
-        losses.cross_entropy(model, empty),
-        losses.uniform_kl(model, empty),
-        losses.forward_kl(model, teacher, empty),
+        equations.cross_entropy(model, empty),
+        equations.uniform_kl(model, empty),
+        equations.forward_kl(model, teacher, empty),
     ):
         loss.backward()
         assert loss == 0
@@ -239,20 +245,20 @@ def test_means_over_labels_of_a_whole_model(model):
     expected_ce = -log_p.gather(1, picked[:, None]).mean()
     expected_kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
     expected_uniform = (-log_p.mean(-1) - math.log(SHAPE.vocab_size)).mean()
-    torch.testing.assert_close(losses.cross_entropy(model, tokens).double(), expected_ce, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(losses.forward_kl(model, teacher, tokens).double(), expected_kl, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(losses.uniform_kl(model, tokens).double(), expected_uniform, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(equations.cross_entropy(model, tokens).double(), expected_ce, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(equations.forward_kl(model, teacher, tokens).double(), expected_kl, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(equations.uniform_kl(model, tokens).double(), expected_uniform, rtol=1e-5, atol=1e-6)
 
 
 def test_activation_mse_by_hand():
     """Two labelled positions of three, width 2: errors (1, 3) and (2, 0) -> ((1 + 9) / 2 + (4 + 0) / 2) / 2 = 3.5."""
-    from undo.tokens import Tokens
+    from undo.lm.tokens import Tokens
 
     labels = torch.tensor([[7, IGNORE, 8]])
     tokens = Tokens(torch.zeros(1, 3, dtype=torch.long), torch.arange(3)[None], labels, total=2, documents=1)
     hidden = torch.tensor([[[1.0, 3.0], [99.0, 99.0], [2.0, 0.0]]])
-    assert losses.activation_mse(hidden, torch.zeros_like(hidden), tokens).item() == 3.5
-    assert losses.activation_mse(hidden, torch.zeros(2), tokens).item() == 3.5
+    assert equations.activation_mse(hidden, torch.zeros_like(hidden), tokens).item() == 3.5
+    assert equations.activation_mse(hidden, torch.zeros(2), tokens).item() == 3.5
 
 
 def test_layer_output_is_the_blocks_own(model):
@@ -266,7 +272,7 @@ def test_layer_output_is_the_blocks_own(model):
 
 def test_undial_s_target_over_several_tiles_and_with_a_sure_teacher():
     """Vocabulary of three tiles; a teacher whose label has nearly all of the mass, lowered by 15."""
-    from undo.losses import LoweredKL
+    from undo.losses.targets import LoweredKL
 
     rng = torch.Generator().manual_seed(0)
     hidden, q_hidden = (torch.randn(40, 8, generator=rng, dtype=torch.float64) for _ in range(2))
@@ -288,7 +294,7 @@ def test_undial_s_target_over_several_tiles_and_with_a_sure_teacher():
 
 def test_weights_of_tokens_over_several_chunks(monkeypatch):
     """Value and gradients of a weighted sum, against autograd on the plain formula."""
-    monkeypatch.setattr("undo.losses.grid", lambda weight, tokens: Grid(7, 300))
+    monkeypatch.setattr("undo.losses.linear.grid", lambda weight, tokens: Grid(7, 300))
     rng = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 6, generator=rng, dtype=torch.float64).requires_grad_() for n in (20, 1000))
     labels, weights = torch.randint(1000, (20,), generator=rng), torch.randn(20, generator=rng, dtype=torch.float64)

@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
+from undo.data.problems import OPERATIONS
 from undo.prepare_data import templates
-from undo.prepare_data.arithmetic import OPERATIONS, SIGNS, TEMPLATES, ArithmeticWorld
+from undo.prepare_data.arithmetic import SIGNS, TEMPLATES, ArithmeticWorld
 
 WORLD = ArithmeticWorld(problems=4000)
 SOLVE = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b}

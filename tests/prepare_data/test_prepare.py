@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-import run_unlearn
-from undo.config import ConfigError, validate
+from undo.config.mistakes import ConfigError
+from undo.config.schema import validate
+from undo.data.store import StoreWriter, TokenStore
 from undo.prepare_data import prepare as stage
 from undo.prepare_data.prepare import Prepare, prepare
 from undo.prepare_data.text import Source
-from undo.run import Run
-from undo.tokens import StoreWriter, TokenStore
+from undo.runs.run import Run
+from undo.unlearn import stage as run_unlearn
 
 WORDS = {"retain": ["river", "stone", "light", "paper", "seven"], "forget": ["강물이", "돌", "빛", "종이를", "일곱"]}
 DOCUMENTS = 120

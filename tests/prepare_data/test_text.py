@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from undo.config import ConfigError, StageConfig, validate
+from undo.config.mistakes import ConfigError
+from undo.config.schema import StageConfig, validate
 from undo.prepare_data.text import Source, read
 
 TEXTS = ["first document\nwith two lines", "zweites, mit Umlaut: ü", "세 번째"]

@@ -19,16 +19,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
 
-from undo.config import ConfigError
-from undo.prepare_data import extraction, passages
+from tests.conftest import ROOT
+from undo.config.mistakes import ConfigError
 from undo.prepare_data.corpora import origin
-from undo.prepare_data.definitions import definitions
-from undo.prepare_data.ledger import Ledger, Settings
-from undo.prepare_data.questions import PROMPT, Filter, Question, parse, prompt
 from undo.prepare_data.text import Source
-from undo.prepare_data.writers import Pace, Reply, Trouble, Usage, check_url, find_key, retry_after
+from undo.prepare_data.write_questions import extraction, passages
+from undo.prepare_data.write_questions.definitions import definitions
+from undo.prepare_data.write_questions.ledger import Ledger, Settings
+from undo.prepare_data.write_questions.questions import PROMPT, Filter, Question, parse, prompt
+from undo.prepare_data.write_questions.writers import Pace, Reply, Trouble, Usage, check_url, find_key, retry_after
 
 KEY = "sk-test-5f1c77aa90e2d4b8"
 LIMIT = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
@@ -166,7 +166,7 @@ def run(corpus: Path, url: str, *more: str) -> int:
 
 
 def spawn(corpus: Path, url: str, *more: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "undo.prepare_data", "wmdp-qa", *arguments(corpus, url, *more)]
+    command = [sys.executable, "-m", "undo.prepare_data.write_questions", *arguments(corpus, url, *more)]
     env = {**os.environ, **environment}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -413,7 +413,7 @@ def test_half_a_line_is_cut_off_in_both_files(corpus, server):
 def test_a_full_disk_is_said_and_nothing_is_lost(corpus, server):
     """A limit on the size of files stands for it: the write fails in the middle of a line, as on a full disk."""
     # -B: else Python leaves the first 2000 bytes of its bytecode beside the libraries, which no later import can read
-    command = [sys.executable, "-B", "-m", "undo.prepare_data", "wmdp-qa", *arguments(corpus, server.url)]
+    command = [sys.executable, "-B", "-m", "undo.prepare_data.write_questions", *arguments(corpus, server.url)]
     limited = [sys.executable, "-c", f"{LIMIT}; os.execv(sys.executable, sys.argv[1:])", *command]
     full = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert full.returncode == 1
@@ -763,7 +763,7 @@ def test_missing_questions_are_not_taken_for_their_corpus(name):
     """The corpus under the questions' name would be trained on as it is."""
     said = origin(f"data/wmdp/qa/{name}.jsonl")
     assert said is not None
-    assert said.startswith(f"make it with: uv run python -m undo.prepare_data wmdp-qa --corpus <{name} corpus>")
+    assert said.startswith(f"make it with: uv run python -m undo.prepare_data.write_questions --corpus <{name} corpus>")
     assert f" --out data/wmdp/qa/{name}.jsonl " in said
     assert "huggingface" not in said
 
@@ -797,11 +797,10 @@ def test_numbers_are_checked(corpus, capsys):
 
 
 def test_the_other_commands_of_prepare_data_are_as_they_were_and_torch_stays_out(tmp_path):
-    code = (
-        "import sys, undo.prepare_data.extraction as e; e.parser(); assert not {'torch', 'httpx2'} & set(sys.modules)"
-    )
+    code = "import sys; from undo.prepare_data.write_questions import options as o; o.parser()\n"
+        "assert not {'torch', 'httpx2'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-    command = [sys.executable, "-m", "undo.prepare_data", "demo", "--dry-run", "--runs", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "run_prepare.py"), "demo", "--dry-run", "--runs", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "prepare/data" in done.stdout, done.stderr
 

@@ -6,16 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SHAPE, run_script
-from test_architectures import build
 
-import run_all
-from undo.config import ConfigError, validate
-from undo.experiment import Costs
-from undo.memory import MODELS
-from undo.models import load, save
-from undo.pretrained import Base, fetch
-from undo.run import Run
+from tests.conftest import ROOT, SHAPE, run_script
+from tests.lm.test_architectures import build
+from undo.config.mistakes import ConfigError
+from undo.config.schema import validate
+from undo.experiments.costs import Costs
+from undo.lm.disk import load, save
+from undo.prepare_models.known import MODELS
+from undo.prepare_models.pretrained import Base, fetch
+from undo.runs.run import Run
+from undo.settings import whole as run_all
+from undo.settings.stages import STAGES
 
 
 def base(model: object, folder: Path, setting: str = "made") -> Run:
@@ -82,7 +84,7 @@ def test_costs_are_those_of_the_model(tmp_path, data):
         overrides = [f"base.model={model}", f"prepare.tokenizer={model}"]
         args = SimpleNamespace(overrides=overrides, extra=(), only=None, runs=runs)
         planned, _ = run_all.planned_in(folder, args, stages)
-        cost = Costs(planned, folder, model).of(next(run for run in planned if run.name.startswith("undo/")))
+        cost = Costs(planned, folder, STAGES, model).of(next(run for run in planned if run.name.startswith("undo/")))
         return None if cost is None else cost.flops
 
     tokens = 2664 * 110 * 1024

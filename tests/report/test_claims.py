@@ -1,12 +1,12 @@
 """Every claim on results made up so that it holds, fails, or is not spoken to."""
 
 import pytest
-from made_up import World
 
-from undo.claims import CLAIMS, as_rows, check
-from undo.report import report
-from undo.results import pareto_front
-from undo.tables import beaten
+from tests.made_up import World
+from undo.report.claims import CLAIMS, as_rows, check
+from undo.report.report import report
+from undo.report.tables import beaten
+from undo.results.frontier import pareto_front
 
 
 def verdicts(world) -> dict[str, str]:

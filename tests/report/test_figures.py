@@ -3,14 +3,17 @@
 import json
 
 import pytest
-from conftest import ROOT
-from made_up import World
 
-import run_all
-from undo.claims import CLAIMS, check
-from undo.figures import FIGURES, draw
-from undo.report import report
-from undo.tables import compute, hyperparameters, unlearning_sweep
+from tests.conftest import ROOT
+from tests.made_up import World
+from undo.experiments.hyperparameters import hyperparameters
+from undo.experiments.remedy import remedy
+from undo.report.claims import CLAIMS, check
+from undo.report.figures import FIGURES, draw
+from undo.report.report import report
+from undo.report.tables import compute, unlearning_sweep
+from undo.settings.publish import not_drawn
+from undo.settings.stages import STAGES
 
 SETTINGS = sorted(path.parent for path in (ROOT / "configs").glob("*/pretrain.yaml"))
 
@@ -37,7 +40,7 @@ def test_figures_2_6_and_7_from_what_they_need(world):
             noise = {"alpha": alpha, "beta": beta}
             world.model(f"undo/{label}", label, 0.8 - alpha, steps=int(900 * alpha), teacher="unlearn/m", noise=noise)
     drawn, missing = draw(["fig2", "fig6", "fig7"], world.results(), world.folder)
-    assert ([path.stem for path in drawn], missing) == (["fig2", "fig6", "fig7"], [])
+    assert ([path.stem for path in drawn], missing) == (["fig2", "fig6", "fig7"], {})
     for name in ("fig2", "fig6", "fig7"):
         for suffix in ("pdf", "png"):
             assert (world.folder / f"{name}.{suffix}").stat().st_size > 5000
@@ -100,8 +103,8 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
     ):
         world = World(tmp_path, setting=setting)
         world.run("pretrain/reference", "reference")
-        _, (line,) = draw(["fig2"], world.results(), tmp_path)
-        assert words in line
+        _, missing = draw(["fig2"], world.results(), tmp_path)
+        assert words in remedy(setting, missing["fig2"].runs)
 
 
 def test_the_sweep_stands_beside_the_paper_s(tmp_path):
@@ -165,7 +168,7 @@ def test_the_report_holds_everything(world):
         world.model(f"undo/0.2-{seed}", "undo_0.2", end, seed=seed, noise=noise, teacher="unlearn/maxent-lr")
     results = world.results()
     figures, missing = draw(FIGURES, results, world.folder / "figures")
-    text = report(results, check(results), figures, missing)
+    text = report(results, check(results), figures, not_drawn("made", missing))
     assert "| undo_0.2 | 0.900 (0.900 to 0.900) | 0.000 (0.000 to 0.000) | 0.233 (0.133 to 0.233)" in text
     assert "![fig4](figures/fig4.png)" in text
     assert "fig2: not drawn" in text
@@ -183,11 +186,11 @@ def test_the_committed_tables_are_those_of_the_configs(folder):
     Make them anew with: uv run run_all.py <setting> --tables > docs/settings/<setting>.md
     """
     committed = ROOT / "docs/settings" / f"{folder.name}.md"
-    assert committed.read_text() == hyperparameters(folder, run_all.STAGES)
+    assert committed.read_text() == hyperparameters(folder, STAGES)
 
 
 def test_tables_hold_what_the_paper_s_hold():
-    text = hyperparameters(ROOT / "configs/language", run_all.STAGES)
+    text = hyperparameters(ROOT / "configs/language", STAGES)
     assert "| `parameters` | 112,904,000 |" in text
     assert "| 1e-05, 2e-05, 3e-05, 4e-05, 5e-05, 6e-05, 7e-05, 8e-05 |" in text
     assert "| `mixture` | retain 0.5, forget 0.5 |" in text

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import metrics, training
-from test_train import make
 
-from undo.config import ConfigError
-from undo.run import RunDirectory
+from tests.conftest import metrics, training
+from tests.train.test_loop import make
+from undo.config.mistakes import ConfigError
+from undo.runs.directory import RunDirectory
 
 
 def test_a_changed_config_is_refused_with_the_difference(tmp_path):

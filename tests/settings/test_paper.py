@@ -1,12 +1,13 @@
 """The configs of the paper's settings against its tables, typed in here from the paper, not read from the configs."""
 
 import pytest
-from conftest import ROOT
 
-import run_all
-from undo.experiment import Costs, plan
-from undo.prepare_models import ReducedGemma2
-from undo.stage import TrainingStage
+from tests.conftest import ROOT
+from undo.experiments.costs import Costs
+from undo.experiments.plan import plan
+from undo.prepare_models.reduced_gemma2 import ReducedGemma2
+from undo.settings.stages import STAGES
+from undo.train.stage import TrainingStage
 
 ENGLISH_AND_KOREAN = {"retain": 0.5, "forget": 0.5}
 ALL_OPERATIONS_AND_ENGLISH = {"retain": 0.125, "forget": 0.125, "auxiliary": 0.75}  # 1:3
@@ -24,8 +25,8 @@ def planned(setting, tmp_path_factory):
     """stage -> its planned runs."""
     runs = tmp_path_factory.mktemp("runs")
     folder = ROOT / "configs" / setting
-    paths = {name: folder / f"{name}.yaml" for name in run_all.STAGES}
-    return {name: plan(run_all.STAGES[name], [path], {}, runs) for name, path in paths.items() if path.exists()}
+    paths = {name: folder / f"{name}.yaml" for name in STAGES}
+    return {name: plan(STAGES[name], [path], {}, runs) for name, path in paths.items() if path.exists()}
 
 
 def configs(planned, stage, variant=None):
@@ -171,7 +172,7 @@ def test_appendix_c_and_figures_5_to_7_undo(setting, planned):
 
 def test_tables_7_and_8_and_appendix_d_1(setting, tmp_path):
     """The robust baselines of Section 6, all on MaxEnt at its chosen rate; D.1's twelve rates for the others."""
-    runs = plan(run_all.STAGES["unlearn"], [ROOT / "configs" / setting / "unlearn_robust.yaml"], {}, tmp_path)
+    runs = plan(STAGES["unlearn"], [ROOT / "configs" / setting / "unlearn_robust.yaml"], {}, tmp_path)
     by_method: dict[str, list] = {}
     for run in runs:
         by_method.setdefault(run.config.method.name, []).append(run.config)
@@ -201,7 +202,7 @@ def test_tables_7_and_8_and_appendix_d_1(setting, tmp_path):
         assert {c.training.batch_rows for c in configs_of} == {expected}
         assert {(c.training.weight_decay, c.training.clip_norm) for c in configs_of} == {(0, 1.0)}
         assert {c.training.min_learning_rate for c in configs_of} == {None}  # README, difference 9
-    attacked = plan(run_all.STAGES["relearn"], [ROOT / "configs" / setting / "relearn_robust.yaml"], {}, tmp_path)
+    attacked = plan(STAGES["relearn"], [ROOT / "configs" / setting / "relearn_robust.yaml"], {}, tmp_path)
     models = {run.config.model for run in attacked}
     assert models == {run.name for run in runs if "_wide" not in run.name}
     assert len(attacked) == 10 * len(models)
@@ -210,7 +211,7 @@ def test_tables_7_and_8_and_appendix_d_1(setting, tmp_path):
 def test_costs_against_the_reference_s_count(setting, planned):
     """performance.md section 4.1: 1.71e18 and 2.28e18 FLOP for language, 1.84e17 and 2.45e17 for arithmetic."""
     every = [run for stage in planned.values() for run in stage]
-    costs = Costs(every, ROOT / "configs" / setting)
+    costs = Costs(every, ROOT / "configs" / setting, STAGES)
     expected = (1.71e18, 2.28e18) if setting == "language" else (1.84e17, 2.45e17)
     for name, flops in zip(("pretrain/reference-seed_0", "distill/distilled-seed_0"), expected, strict=True):
         cost = costs.of(next(run for run in every if run.name == name))

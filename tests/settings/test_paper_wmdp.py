@@ -1,11 +1,12 @@
 """The configs of WMDP against Appendix D.2 (Tables 9 to 13), typed in here from the paper, not from the configs."""
 
 import pytest
-from conftest import ROOT
 
-import run_all
-from undo.experiment import Costs, plan, sources
-from undo.pretrained import known_shape
+from tests.conftest import ROOT
+from undo.experiments.costs import Costs
+from undo.experiments.plan import plan, sources
+from undo.prepare_models.pretrained import known_shape
+from undo.settings.stages import STAGES
 
 TABLE_10 = {
     "bio": {
@@ -65,8 +66,8 @@ def domain(request):
 def planned(domain, tmp_path_factory):
     """stage -> its planned runs."""
     folder, runs = ROOT / "configs" / f"wmdp_{domain}", tmp_path_factory.mktemp("runs")
-    found = {name: sources(folder, name)[:1] for name in run_all.STAGES}
-    return {name: plan(run_all.STAGES[name], paths, {}, runs) for name, paths in found.items() if paths}
+    found = {name: sources(folder, name)[:1] for name in STAGES}
+    return {name: plan(STAGES[name], paths, {}, runs) for name, paths in found.items() if paths}
 
 
 def configs(planned, stage) -> list:
@@ -181,6 +182,6 @@ def test_attacks_leave_nothing_on_the_disk_but_numbers(planned):
 def test_a_run_of_undo_costs_what_the_reference_counts(planned, domain):
     """performance.md: 6.40e18 FLOPs for 300 M tokens."""
     runs = [run for part in planned.values() for run in part]
-    costs = Costs(runs, ROOT / "configs" / f"wmdp_{domain}")
+    costs = Costs(runs, ROOT / "configs" / f"wmdp_{domain}", STAGES)
     undo = next(run for run in planned["undo"] if run.config.variant == "undo_maxent")
     assert costs.of(undo).flops == pytest.approx(6.40e18, rel=0.05)

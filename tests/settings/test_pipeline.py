@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import ROOT, run_script
 
 MODEL = {"hidden_size": 32, "intermediate_size": 64, "heads": 2, "kv_heads": 1}
 SMALL = [  # the demo's own configs, so small that every stage takes a second or two
@@ -200,9 +201,9 @@ def test_killed_at_several_moments_the_same_command_ends_with_the_same_bits(undi
 DIES_IN_THE_MIDDLE = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, {root!r})
 import {module} as script
-from undo.stage import Stage
+from dataclasses import replace
+from undo.experiments import cli
 moment, marker = os.environ["MOMENT"], Path(os.environ["MARKER"])
 
 def die():
@@ -228,13 +229,13 @@ if moment == "model":  # the model's folder is half written, run.json is not the
         die()
     transformers.PreTrainedModel.save_pretrained = save_pretrained
 if moment == "run.json":  # everything is done but the last rename
-    import undo.run
-    write = undo.run.write_atomically
+    import undo.runs.run
+    write = undo.runs.run.write_atomically
     def write_atomically(path, text):
         if path.name == "run.json":
             die()
         write(path, text)
-    undo.run.write_atomically = write_atomically
+    undo.runs.run.write_atomically = write_atomically
 if moment == "store":  # one of four token stores is being written
     import undo.prepare_data.prepare as script
     pack, packs = script.pack, []
@@ -247,8 +248,9 @@ if moment == "store":  # one of four token stores is being written
         return pack(documents, folder, *rest)
     script.pack = dying_pack
 
-from undo import cli
-cli.main(Stage(script.STAGE.name, script.STAGE.schema, script.STAGE.execute, (__file__,)))
+STAGE = replace(script.STAGE, module="dying")  # a worker imports this file, too
+if __name__ == "__main__":
+    sys.exit(cli.main(STAGE, {{STAGE.name: STAGE}}))
 """
 
 
@@ -258,16 +260,16 @@ def test_killed_while_it_writes(undisturbed, tmp_path, moment):
     stage, module, only = (
         ("prepare", "undo.prepare_data.prepare", "data")
         if moment == "store"
-        else ("pretrain", "run_pretrain", "reference*")
+        else ("pretrain", "undo.prepare_models.pretrain", "reference*")
     )
     script = tmp_path / "dying.py"
-    script.write_text(DIES_IN_THE_MIDDLE.format(root=str(ROOT), module=module))
+    script.write_text(DIES_IN_THE_MIDDLE.format(module=module))
     runs = tmp_path / "runs"
     if stage == "pretrain":
         shutil.copytree(undisturbed / "demo/prepare", runs / "demo/prepare")
     overrides = [text.removeprefix(f"{stage}.") for text in SMALL if text.startswith(f"{stage}.")]
     command = [str(script), "demo", *overrides, "--runs", str(runs), "--only", only]
-    environment = {"MOMENT": moment, "MARKER": str(tmp_path / "died")}
+    environment = {"MOMENT": moment, "MARKER": str(tmp_path / "died"), "PYTHONPATH": str(tmp_path)}
     first = run_script(*command, **environment)
     assert first.returncode == 1
     assert "SIGKILL" in first.stdout
@@ -320,7 +322,7 @@ def test_bad_input_is_refused_in_a_line_or_three(undisturbed, tmp_path):
     assert "there is no" in refused("run_pretrain.py", "dmeo", *runs)
     assert "matches none of" in refused("run_pretrain.py", "demo", "--only", "nothing", *runs)
     message = refused("run_unlearn.py", "demo", "--runs", str(tmp_path))
-    assert "uv run python -m undo.prepare_data demo --only data" in message
+    assert "uv run run_prepare.py demo --only data" in message
     message = refused("run_distill.py", "demo", "--runs", str(undisturbed), "teacher=unlearn/other-seed_0")
     assert "uv run run_unlearn.py demo --only other-seed_0" in message
     message = refused("run_all.py", "demo", *SMALL, *runs, "--only", *CHAIN, "pretrain.training.steps=61")

@@ -9,18 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_wmdp import world
 
-import run_figures
-import run_wmdp
-from undo import cli
-from undo.config import ConfigError, read_yaml
-from undo.experiment import command_for, script_of
-from undo.figures.missing import Missing
-from undo.launch import Job
-from undo.run import RunDirectory
-from undo.selection import FILE
+from tests.conftest import ROOT
+from tests.settings.test_wmdp import world
+from undo.config.mistakes import ConfigError
+from undo.config.sweep import read_yaml
+from undo.experiments import cli
+from undo.experiments.points import FILE
+from undo.experiments.remedy import command_for, command_of, remedy
+from undo.launch.jobs import Job
+from undo.runs.directory import RunDirectory
+from undo.settings import publish as run_figures
+from undo.settings import wmdp as run_wmdp
+from undo.settings.stages import STAGES
 
 SEARCH = {"search-maxent": 3, "search-rmu": 3}
 
@@ -60,7 +61,7 @@ class Machine:
 def machine(tmp_path, monkeypatch) -> Machine:
     machine = Machine(world(tmp_path))
     monkeypatch.setattr(cli, "run_jobs", machine.run_jobs)
-    monkeypatch.setattr(run_figures, "publish", lambda *_: None)
+    monkeypatch.setattr(run_wmdp, "publish", lambda *_: None)
     return machine
 
 
@@ -172,14 +173,14 @@ def test_a_mistake_in_what_comes_after_is_said_before_the_search(machine, monkey
         ("not_there", "run_all.py"),
     ],
 )
-def test_the_script_of_a_setting(setting, script, tmp_path):
-    assert script_of(setting) == script
+def test_the_command_of_a_setting(setting, script, tmp_path):
+    assert command_of(setting) == f"uv run {script} {setting}"
     with pytest.raises(ConfigError, match=f"uv run {script} {setting}"):
         run_figures.publish(setting, tmp_path)
 
 
 def test_commands_name_scripts_that_exist():
-    assert "uv run run_wmdp.py wmdp_small --only 'undo/*'" in Missing("it", "undo/*").explain("wmdp_small")
-    assert command_for("base/model", "wmdp_bio") == "uv run run_wmdp.py wmdp_bio --stage prepare --only base/model"
-    for stage in ("base", "pretrain", "unlearn", "distill", "undo", "relearn"):
+    assert "uv run run_wmdp.py wmdp_small --only 'undo/*'" in remedy("wmdp_small", "undo/*")
+    assert command_for("base/model", "wmdp_bio") == "uv run run_base.py wmdp_bio --only model"
+    for stage in STAGES:
         assert (ROOT / command_for(f"{stage}/x", "wmdp_bio").split()[2]).exists()

@@ -11,24 +11,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHAPE, lively, run_script, training
-from made_up import World
 from omegaconf import OmegaConf
-from test_architectures import CPU
 
-import run_all
-import run_wmdp
-from run_relearn import Relearn, relearn
-from undo.claims import check
-from undo.config import ConfigError, as_raw, read_yaml, validate
+from tests.conftest import ROOT, SHAPE, lively, run_script, training
+from tests.lm.test_architectures import CPU
+from tests.made_up import World
+from undo.attacks.relearn import Relearn, relearn
+from undo.config.mistakes import ConfigError
+from undo.config.schema import as_raw, validate
+from undo.config.sweep import read_yaml
+from undo.corrupt import Noise
 from undo.evaluate import TokenCrossEntropy
-from undo.figures import draw, figures_of
-from undo.models import load, place, save
-from undo.noise import Noise
-from undo.report import report
-from undo.run import Run
-from undo.selection import FILE, RANKS, Point, across_the_frontier
-from undo.stage import generator
+from undo.experiments import cli
+from undo.experiments.points import FILE
+from undo.lm.disk import load, save
+from undo.lm.place import place
+from undo.report.claims import check
+from undo.report.figures import draw, figures_of
+from undo.report.report import report
+from undo.results.selection import RANKS, Point, across_the_frontier
+from undo.runs.run import Run
+from undo.settings import whole as run_all
+from undo.settings import wmdp as run_wmdp
+from undo.settings.publish import not_drawn
+from undo.train.parents import generator
 
 THINGS = {
     "forget": ["firewall", "cipher", "token", "proxy", "sandbox", "salt", "nonce", "digest", "honeypot", "patch"],
@@ -158,7 +164,7 @@ def test_all_stages_killed_on_the_way(tmp_path):
 def first_question(runs: Path) -> str:
     from transformers import AutoTokenizer
 
-    from undo.tokens import TokenStore
+    from undo.data.store import TokenStore
 
     tokenizer = AutoTokenizer.from_pretrained(runs / "prepare/qa/tokenizer")
     return tokenizer.decode(TokenStore(runs / "prepare/qa/train/forget")[0][0].tolist(), skip_special_tokens=True)
@@ -207,7 +213,7 @@ def test_no_choice_without_a_frontier(made, words):
 
 
 def test_one_base_model_serves_all_seeds(tmp_path):
-    args = run_all.cli.parser("").parse_intermixed_args(["wmdp_small", "sweep.seed=[0,1]", "--runs", str(tmp_path)])
+    args = cli.parser("").parse_intermixed_args(["wmdp_small", "sweep.seed=[0,1]", "--runs", str(tmp_path)])
     folder = ROOT / "configs/wmdp_small"
     runs, _ = run_all.planned_in(folder, args, ("pretrain", "undo"), run_wmdp.BASE)
     names = [run.name for run in runs]
@@ -271,7 +277,7 @@ def test_figures_tables_and_claims_of_wmdp(attacked):
     assert figures_of(results) == ["fig8", "fig11"]
     figures, missing = draw(figures_of(results), results, attacked.folder / "figures")
     assert [path.name for path in figures] == ["fig8.png", "fig11.png"]
-    text = report(results, check(results), figures, missing)
+    text = report(results, check(results), figures, not_drawn("made", missing))
     assert "| model | seed | retain | forget | forget_40 | forget_last |" in text  # evaluated at 0, 40 and 500
     assert "| rmu | best | α = 0.3, 2e-05 | α = 0.5, 2e-05 | 0.550 | 0.270 |" in text
     assert "| 0.25 | 0.49 | 0.500 |" in text

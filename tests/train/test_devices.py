@@ -11,17 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHAPE, TINY, lively, metrics, run_script, training
 from safetensors.torch import load_file
-from test_train import make, stream
 
-from undo import health, shard
+from tests.conftest import ROOT, SHAPE, TINY, lively, metrics, run_script, training
+from tests.train.test_loop import make, stream
 from undo.evaluate.evaluator import Measured
-from undo.launch import DeviceShare, cores, take_slot
-from undo.methods import NPO, RMU, SAM, UAM, UNDIAL, GradDiff, MaxEnt, RepNoise, SimNPO, Smoothing
-from undo.models import freeze
-from undo.run import Run
-from undo.train import train
+from undo.launch.devices import cores, take_slot
+from undo.launch.jobs import DeviceShare
+from undo.lm.place import freeze
+from undo.runs.run import Run
+from undo.train import shard
+from undo.train.loop import train
+from undo.unlearn import NPO, RMU, SAM, UAM, UNDIAL, GradDiff, MaxEnt, RepNoise, SimNPO, Smoothing, health
 
 NAME = "pretrain/reference-seed_0"
 FINE = [  # an update that does not magnify rounding: Adam's first steps are signs of gradients
@@ -79,7 +80,7 @@ def ranks(runs: Path) -> dict[int, int]:
             line, environment = ((entry / name).read_bytes().decode().split("\0") for name in ("cmdline", "environ"))
         except (OSError, ValueError):
             continue
-        if "--work" in line and any(str(runs) in part for part in line):
+        if "undo.experiments.worker" in line and any(str(runs) in part for part in line):
             rank = next((variable[5:] for variable in environment if variable.startswith("RANK=")), "-1")
             found[int(rank)] = int(entry.name)
     return found
@@ -169,12 +170,12 @@ def test_two_devices_give_every_method_the_same_steps_and_a_divided_checkpoint_s
     program = f"""
 import os, sys
 from pathlib import Path
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+sys.path[:0] = [{str(ROOT)!r}]
 import torch; torch.set_num_threads(1)
 from accelerate import PartialState
 PartialState(cpu=True, backend="gloo")
-from test_devices import METHODS, MOVING, unlearn
-from undo.run import Interrupted, RunDirectory
+from tests.train.test_devices import METHODS, MOVING, unlearn
+from undo.runs.directory import Interrupted, RunDirectory
 data = RunDirectory.at(Path({str(data.folder)!r}))
 folder = Path({str(tmp_path)!r}) / ("two-" + os.environ["RANK"])
 for name, method in {{"whole": METHODS["graddiff"], **MOVING}}.items():

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPE, execution, lively, metrics, training
 
-from run_pretrain import Pretrain
+from tests.conftest import SHAPE, execution, lively, metrics, training
+from undo.data.store import TokenStore
+from undo.data.stream import MixedStream
 from undo.evaluate.evaluator import Measured
 from undo.losses import cross_entropy, uniform_kl
-from undo.methods import GradDiff, Smoothing
-from undo.run import Diverged, Interrupted, Run
-from undo.tokens import MixedStream, TokenStore
-from undo.train import learning_rate, train
+from undo.prepare_models.pretrain import Pretrain
+from undo.runs.directory import Diverged, Interrupted
+from undo.runs.run import Run
+from undo.train.loop import learning_rate, train
+from undo.unlearn import GradDiff, Smoothing
 
 
 def make(folder: Path, cfg=None, **run_execution) -> tuple[Run, Pretrain]:

@@ -5,13 +5,13 @@ import gc
 import pytest
 import torch
 from accelerate import PartialState
-from test_methods import METHODS, gradients, moved, roles, setting
 from torch import nn
 
-from undo.methods import SAM, UAM, GradDiff, Smoothing
-from undo.methods.method import Method
-from undo.methods.shift import shifted
-from undo.train import BatchGradient
+from tests.unlearn.test_methods import METHODS, gradients, moved, roles, setting
+from undo.train.gradient import BatchGradient
+from undo.train.shift import shifted
+from undo.unlearn import SAM, UAM, GradDiff, Smoothing
+from undo.unlearn.method import Method
 
 
 class Quadratic:

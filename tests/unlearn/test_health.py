@@ -4,16 +4,15 @@ import math
 
 import pytest
 import torch
-from conftest import SHAPE, lively
-from test_methods import METHODS, moved, roles, setting
-from test_steps import batch_gradient
 
-from undo import health
-from undo.config import ConfigError
+from tests.conftest import SHAPE, lively
+from tests.train.test_steps import batch_gradient
+from tests.unlearn.test_methods import METHODS, moved, roles, setting
+from undo.config.mistakes import ConfigError
+from undo.data.store import TokenStore
 from undo.losses import cross_entropy
-from undo.methods import GradDiff, MaxEnt
-from undo.methods.rmu import RMU
-from undo.tokens import TokenStore
+from undo.unlearn import GradDiff, MaxEnt, health
+from undo.unlearn.rmu import RMU
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)

@@ -5,16 +5,17 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import SHAPE, batch, lively
 
-from undo.methods import SAM, UAM, GradDiff, MaxEnt, RepNoise, Smoothing, UnlearningMethod
-from undo.methods.discrepancy import mmd
-from undo.methods.method import Method
-from undo.methods.npo import NPO, SimNPO
-from undo.methods.rmu import RMU
-from undo.methods.undial import UNDIAL
-from undo.models import freeze, hidden_states
-from undo.tokens import IGNORE, MARK, Tokens, collate
+from tests.conftest import SHAPE, batch, lively
+from undo.lm.place import freeze
+from undo.lm.read import hidden_states
+from undo.lm.tokens import IGNORE, MARK, Tokens, collate
+from undo.unlearn import SAM, UAM, GradDiff, MaxEnt, RepNoise, Smoothing, UnlearningMethod
+from undo.unlearn.discrepancy import mmd
+from undo.unlearn.method import Method
+from undo.unlearn.npo import NPO, SimNPO
+from undo.unlearn.rmu import RMU
+from undo.unlearn.undial import UNDIAL
 
 NEEDED = {"rmu": {"layer": 1, "trained_layers": (0, 1), "c": 2.0, "alpha": 3.0}}  # keys without a default
 KINDS: list[type[Method]] = list(get_args(get_args(UnlearningMethod)[0]))

@@ -1,17 +1,17 @@
-"""Relearning attacks: finetune a model on the forget role, over learning rates. Section 2, Tables 4 and 12.
+"""The stage `relearn`: finetune a model on the forget role, over learning rates. Section 2, Tables 4 and 12.
 
-    uv run run_relearn.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
-
-One run is one adversary. The worst case over the adversaries of a model is taken in undo/results.py.
+One run is one adversary. `results/results.py` takes the worst case over the adversaries of a model.
 """
 
 from collections.abc import Mapping
 
-from undo import cli
-from undo.config import Mixture, RunName
-from undo.noise import Noise
-from undo.run import Diverged, Run
-from undo.stage import Stage, TrainingStage, fit, fresh_like, generator, keep, load_parent, require_memory
+from undo.config.schema import Mixture, RunName
+from undo.corrupt import Noise
+from undo.runs.directory import Diverged
+from undo.runs.run import Run
+from undo.train.fit import fit
+from undo.train.parents import fresh_like, generator, keep, load_parent, require_memory
+from undo.train.stage import Stage, TrainingStage
 
 
 class Relearn(TrainingStage):
@@ -45,7 +45,4 @@ def relearn(cfg: Relearn, run: Run) -> None:
     run.finish(outcome="finished", **facts)
 
 
-STAGE = Stage("relearn", Relearn, relearn, (__file__,))
-
-if __name__ == "__main__":
-    cli.main(STAGE)
+STAGE = Stage("relearn", Relearn, relearn, __name__, "Relearning attacks (Tables 4 and 12)")

@@ -1,6 +1,9 @@
 """What is wrong with a config, in words that name the key and the fix."""
 
 import difflib
+import os
+import sys
+from collections.abc import Callable
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -100,3 +103,21 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys += _keys(field.annotation, f"{prefix}{name}.")
     return keys
+
+
+class ConfigError(Exception):
+    """A mistake of the user's: what is wrong and how to mend it, in at most three lines and without a traceback."""
+
+
+def guarded(action: Callable[[], int]) -> int:
+    """Exit status 2 and the message alone for a mistake of the user's."""
+    try:
+        return action()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -10,121 +10,23 @@ pairs tokens have 4 bytes, and the highest bit marks those that the other docume
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
-from undo.config import ConfigError, Role
-from undo.run import write_atomically
+from undo.config.files import write_atomically
+from undo.config.mistakes import ConfigError
+from undo.lm.tokens import MARK, Tokens, collate
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
-IGNORE: Final = -100  # the label of a position without a target
-MARK: Final = 1 << 31  # beside the token, in stores of pairs: the other document of the pair has another token there
 WINDOW: Final = 1 << 16  # documents that are packed together, at most
 WINDOW_TOKENS: Final = 1 << 24  # or as many documents as hold so many tokens
 FILES: Final = ("tokens.bin", "pieces.bin", "rows.bin")
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A batch of packed rows. `labels[b, t]` is the token that follows `input_ids[b, t]` in its document, or IGNORE.
-
-    input_ids, positions, labels: int64 [rows, length]. A position of 0 starts a document: attention does not reach
-    across it. `total` is the number of labels, and `documents` that of documents with labels, in the *whole* batch of
-    the step, over all micro-batches and devices: losses are sums divided by one of them, so that micro-batch gradients
-    add up to the gradient of the whole batch. `marked`, bool [rows, length], is where an input differs from the other
-    document of its pair; None: nowhere.
-    """
-
-    input_ids: "torch.Tensor"
-    positions: "torch.Tensor"
-    labels: "torch.Tensor"
-    total: int
-    documents: int
-    marked: "torch.Tensor | None" = None
-
-    def rows(self, start: int, stop: int | None = None, step: int = 1) -> Self:
-        part = slice(start, stop, step)
-        return replace(
-            self,
-            input_ids=self.input_ids[part],
-            positions=self.positions[part],
-            labels=self.labels[part],
-            marked=None if self.marked is None else self.marked[part],
-        )
-
-    def labelled(self, where: "torch.Tensor") -> Self:
-        """Without the labels outside `where`, bool [rows, length]. `total` and `documents` stay those of the batch."""
-        return replace(self, labels=self.labels.masked_fill(~where, IGNORE))
-
-    def micro_batches(self, rows: int | None) -> Iterator[Self]:
-        size = rows or len(self.input_ids)
-        for start in range(0, len(self.input_ids), size):
-            yield self.rows(start, start + size)
-
-    @cached_property
-    def _labelled(self) -> "torch.Tensor":
-        """Where the labels are in the flattened rows, [labels]."""
-        return (self.labels.flatten() != IGNORE).nonzero()[:, 0]
-
-    @property
-    def document(self) -> "torch.Tensor":
-        """The number of the document that each position belongs to, counted over all rows: [rows, length]."""
-        return (self.positions == 0).flatten().cumsum(0).reshape(self.positions.shape)
-
-    def at_labels(self, values: "torch.Tensor") -> "torch.Tensor":
-        """The labelled positions of [rows, length, ...] -> [labels, ...]."""
-        return values.flatten(0, 1).index_select(0, self._labelled)
-
-    def to(self, device: "torch.device") -> Self:
-        moved = replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            marked=None if self.marked is None else self.marked.to(device, non_blocking=True),
-        )
-        moved.__dict__["_labelled"] = self._labelled.to(device, non_blocking=True)  # a GPU would be waited for
-        return moved
-
-
-Batch = Mapping[str, Tokens]
-
-
-def collate(rows: Iterable[list[np.ndarray]], length: int | None = None) -> Tokens:
-    """Rows of document pieces -> Tokens, padded on the right with id 0 to `length` or to the longest row."""
-    import torch
-
-    rows = list(rows)
-    width = length or max(sum(map(len, row)) for row in rows)
-    ids = np.zeros((len(rows), width), dtype=np.int64)
-    positions = np.zeros((len(rows), width), dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
-    marked = np.zeros((len(rows), width), dtype=bool)
-    for i, row in enumerate(rows):
-        end = 0
-        for piece in row:
-            start, end = end, end + len(piece)
-            ids[i, start:end] = piece & (MARK - 1)
-            positions[i, start:end] = np.arange(len(piece))
-            labels[i, start : end - 1] = ids[i, start + 1 : end]
-            marked[i, start:end] = piece >= MARK
-        positions[i, end:] = np.arange(width - end)  # padding is a document of its own
-    total, documents = int((labels != IGNORE).sum()), sum(len(piece) > 1 for row in rows for piece in row)
-    return Tokens(
-        torch.from_numpy(ids),
-        torch.from_numpy(positions),
-        torch.from_numpy(labels),
-        total,
-        documents,
-        torch.from_numpy(marked) if marked.any() else None,
-    )
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
@@ -281,40 +183,3 @@ class TokenStore:
         """The rows of these indices once, in order, for evaluation."""
         for start in range(0, len(indices), rows):
             yield collate((self[i] for i in indices[start : start + rows]), self.length)
-
-
-class MixedStream:
-    """An endless stream of batches mixed from stores by share. `batch(step)` depends on the seed and the step alone.
-
-    Each slot of the stream draws its role by the shares; each role's rows come in a new random order every epoch.
-    """
-
-    def __init__(
-        self, stores: Mapping[Role, TokenStore], shares: Mapping[Role, float], rows: int, steps: int, seed: int
-    ) -> None:
-        self._roles: list[Role] = [role for role, share in shares.items() if share > 0]
-        self._stores = [stores[role] for role in self._roles]
-        self._length = max(store.length for store in self._stores)
-        self._seed = seed
-        rng = np.random.default_rng([seed, 0])
-        probabilities = np.array([shares[role] for role in self._roles])
-        self._source = rng.choice(len(self._roles), size=(steps, rows), p=probabilities / probabilities.sum())
-        flat = self._source.ravel()
-        self._nth = np.empty(flat.shape, dtype=np.int64)  # how many rows of the same role come before
-        for i in range(len(self._roles)):
-            mine = flat == i
-            self._nth[mine] = np.arange(mine.sum())
-        self._nth = self._nth.reshape(steps, rows)
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}
-
-    def _row(self, source: int, nth: int) -> list[np.ndarray]:
-        store = self._stores[source]
-        epoch, index = divmod(nth, len(store))
-        if self._orders.get(source, (None,))[0] != epoch:
-            order = np.random.default_rng([self._seed, 1, source, epoch]).permutation(len(store))
-            self._orders[source] = (epoch, order)
-        return store[self._orders[source][1][index]]
-
-    def batch(self, step: int) -> Tokens:
-        rows = zip(self._source[step].tolist(), self._nth[step].tolist(), strict=True)
-        return collate((self._row(source, nth) for source, nth in rows), self._length)

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from undo.config import Mixture, NonNegative, RunName
-from undo.run import Run
-from undo.shape import Shape
-from undo.stage import TrainingStage, fit, keep, load_parent, shape_of_parent
+from undo.config.schema import Mixture, NonNegative, RunName
+from undo.lm.shape import Shape
+from undo.runs.run import Run
+from undo.train.fit import fit
+from undo.train.parents import keep, load_parent, shape_of_parent
+from undo.train.stage import TrainingStage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,8 +32,10 @@ class DistillingStage(TrainingStage):
 
 def distill(cfg: DistillingStage, run: Run, student: "PreTrainedModel") -> None:
     """Train `student` towards the teacher's outputs until the threshold or the last step; save it, finish the run."""
-    from undo.losses import forward_kl, same_vocabulary
-    from undo.models import freeze, head
+    from undo.lm.place import freeze
+    from undo.lm.read import head
+    from undo.losses import forward_kl
+    from undo.losses.linear import same_vocabulary
 
     same_vocabulary(shape_of_parent(run, cfg.teacher).vocab_size, len(head(student).weight))
     teacher = freeze(load_parent(run, cfg.teacher))

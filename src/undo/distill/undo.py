@@ -1,13 +1,10 @@
-"""UNDO: distill an unlearned model into a noised copy of itself. Section 5, Appendix C.
+"""The stage `undo`: distill an unlearned model into a noised copy of itself. Section 5, Appendix C."""
 
-uv run run_undo.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
-"""
-
-from undo import cli
-from undo.distill import DistillingStage, distill
-from undo.noise import Noise
-from undo.run import Run
-from undo.stage import Stage, fresh_like, generator, load_parent, require_memory
+from undo.corrupt import Noise
+from undo.distill.distill import DistillingStage, distill
+from undo.runs.run import Run
+from undo.train.parents import fresh_like, generator, load_parent, require_memory
+from undo.train.stage import Stage
 
 
 class Undo(DistillingStage):
@@ -24,7 +21,4 @@ def undo(cfg: Undo, run: Run) -> None:
     distill(cfg, run, student)
 
 
-STAGE = Stage("undo", Undo, undo, (__file__,))
-
-if __name__ == "__main__":
-    cli.main(STAGE)
+STAGE = Stage("undo", Undo, undo, __name__, "UNDO (Table 6, Appendix C, D.1, D.2.4)")

@@ -1,18 +1,15 @@
-"""Distill a teacher into a random student (Unlearn-and-Distill, Section 4, Table 6) or into the reference model
-(oracle matching, Section 3, Table 3).
-
-    uv run run_distill.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
-"""
+"""The stage `distill`: teach a random student (Unlearn-and-Distill, Section 4, Table 6) or the reference model (oracle
+matching, Section 3, Table 3)."""
 
 from typing import Literal, Self
 
 from pydantic import model_validator
 
-from undo import cli
-from undo.config import RunName
-from undo.distill import DistillingStage, distill
-from undo.run import Run
-from undo.stage import Stage, fresh_like, load_parent, require_memory
+from undo.config.schema import RunName
+from undo.distill.distill import DistillingStage, distill
+from undo.runs.run import Run
+from undo.train.parents import fresh_like, load_parent, require_memory
+from undo.train.stage import Stage
 
 
 class Distill(DistillingStage):
@@ -39,7 +36,4 @@ def start(cfg: Distill, run: Run) -> None:
     distill(cfg, run, student)
 
 
-STAGE = Stage("distill", Distill, start, (__file__,))
-
-if __name__ == "__main__":
-    cli.main(STAGE)
+STAGE = Stage("distill", Distill, start, __name__, "Oracle matching (Table 3), Unlearn-and-Distill (Table 6)")

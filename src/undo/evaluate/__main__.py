@@ -7,8 +7,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from undo.config import ConfigError, parse_overrides, validate
-from undo.evaluate.multiple_choice import Questions
+from undo.config.mistakes import ConfigError
+from undo.config.schema import validate
+from undo.config.sweep import parse_overrides
+from undo.evaluate.questions import Questions
 
 
 def main(arguments: list[str]) -> int:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from undo.config import ConfigError
+from undo.config.mistakes import ConfigError
+from undo.data.problems import Problem
+from undo.data.store import best_fit
 from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured
-from undo.prepare_data.arithmetic import Problem
-from undo.run import RunDirectory
-from undo.tokens import IGNORE, Tokens, best_fit, collate
+from undo.lm.tokens import IGNORE, Tokens, collate
+from undo.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     import torch
@@ -100,8 +101,8 @@ def pack_answers(
 
 def arg_max_hits(model: "PreTrainedModel", tokens: Tokens) -> np.ndarray:
     """For each label, in order: is it the most likely token? bool [labels]."""
-    from undo.losses import most_likely
-    from undo.models import head, hidden_states
+    from undo.lm.read import head, hidden_states
+    from undo.losses.linear import most_likely
 
     likely = most_likely(tokens.at_labels(hidden_states(model, tokens)), head(model))
     return (likely == tokens.at_labels(tokens.labels)).cpu().numpy()

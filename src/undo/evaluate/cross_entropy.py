@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from undo.config import ConfigError, Count
+from undo.config.mistakes import ConfigError
+from undo.config.schema import Count
+from undo.data.store import TokenStore
 from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured
 from undo.evaluate.multiple_choice import MultipleChoice
-from undo.run import RunDirectory
-from undo.tokens import TokenStore
+from undo.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     import torch

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 import numpy as np
 
-from undo.config import Count, Frozen
-from undo.run import RunDirectory
+from undo.config.schema import Count, Frozen
+from undo.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     import torch

@@ -24,9 +24,9 @@ from lm_eval.models.utils import has_bos_prefix
 from lm_eval.utils import env as templates
 from transformers import AutoTokenizer
 
-from undo.config import ConfigError
+from undo.config.mistakes import ConfigError
 from undo.evaluate.likelihoods import Encoded, Plan, Score, plan, score
-from undo.evaluate.multiple_choice import LETTERS, Question, Questions
+from undo.evaluate.questions import LETTERS, Question, Questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

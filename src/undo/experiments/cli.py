@@ -1,30 +1,29 @@
-"""The one command line of all stage scripts, and the worker on its other side."""
+"""The one command line of all stages: plan, check, launch, report."""
 
 import argparse
-import os
 import sys
-import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from undo import ranks
-from undo.config import ConfigError, parse_overrides, validate
-from undo.display import LiveTable, si
-from undo.experiment import Cost, Costs, PlannedRun, beside_the_main, check, find_configs, jobs, pick, plan, wanted
-from undo.launch import run_jobs
-from undo.run import INTERRUPTED, Follower, Interrupted, Run
-from undo.stage import Stage, TrainingStage
+from undo.config.mistakes import ConfigError
+from undo.config.sweep import parse_overrides
+from undo.config.units import si
+from undo.experiments.check import check, jobs
+from undo.experiments.choose import pick, wanted
+from undo.experiments.costs import Cost, Costs
+from undo.experiments.display import LiveTable
+from undo.experiments.plan import PlannedRun, beside_the_main, find_configs, plan
+from undo.launch.local import run_jobs
+from undo.train.stage import Stage, TrainingStage
 
 EXAMPLE = "example: %(prog)s demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"
 
 
-def main(stage: Stage) -> None:
-    """Of a stage script: plan, check and launch its runs; with --work, execute them."""
-    if sys.argv[1:2] == ["--work"]:
-        sys.exit(work(stage, [Path(folder) for folder in sys.argv[2:]]))
+def main(stage: Stage, stages: Mapping[str, Stage]) -> int:
+    """Plan, check and launch the runs of one of `stages` -> the exit status."""
     arguments = parser(f"The {stage.name} stage: one run for each point of configs/<setting>/{stage.name}.yaml.")
 
     def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
@@ -37,7 +36,7 @@ def main(stage: Stage) -> None:
 
         return pick(plans, args.extra, beside_the_main(found), args.only), found[0].parent
 
-    sys.exit(guarded(lambda: launch(arguments.parse_intermixed_args(), planned)))
+    return launch(arguments.parse_intermixed_args(), planned, stages)
 
 
 def check_extra(names: Sequence[str], found: Sequence[Path]) -> None:
@@ -72,12 +71,13 @@ def parser(description: str) -> argparse.ArgumentParser:
 def launch(
     args: argparse.Namespace,
     planned: Callable[[argparse.Namespace], tuple[list[PlannedRun], Path]],
+    stages: Mapping[str, Stage],
     kept: Collection[str] = (),
 ) -> int:
     """Plan, check, run, report -> the exit status. `kept`: names of runs that --force leaves as they are."""
     runs, configs = planned(args)
     if args.dry_run:
-        show(runs, Costs(runs, configs, parse_overrides(args.overrides).get("base.model")))
+        show(runs, Costs(runs, configs, stages, parse_overrides(args.overrides).get("base.model")))
         return 0
     check(runs, args.force, kept)
     with LiveTable(runs) as display:
@@ -87,20 +87,6 @@ def launch(
             display.interrupted()
             return 130
     return 1 if failed else 0
-
-
-def guarded(action: Callable[[], int]) -> int:
-    """Exit status 2 and the message alone for a mistake of the user's."""
-    try:
-        return action()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def show(runs: Sequence[PlannedRun], costs: Costs) -> None:
@@ -131,52 +117,3 @@ def show(runs: Sequence[PlannedRun], costs: Costs) -> None:
         * bool(unknown),
         highlight=False,
     )
-
-
-# --- the worker: what a launched process does ----------------------------------------------------------------------
-
-
-def work(stage: Stage, folders: Sequence[Path]) -> int:
-    """Execute runs one after the other. A run that fails is recorded as failed and the next one is taken.
-
-    One of the processes of a run on several devices does the same, but writes only if it is the leader.
-    """
-    Run.stop_on_signals()
-    status = 0
-    for folder in folders:
-        run = Run.at(folder) if ranks.leads() else Follower.at(folder)
-        with run.lock(wait=True):
-            if ranks.of_the_leader(run.done):
-                continue
-            _write_to(run.log, quiet=not run.leads)
-            try:
-                config = validate(stage.schema, run.config, str(folder / "config.yaml"))
-                run.open(config)
-                stage.execute(config, run)
-            except Interrupted:
-                print("interrupted; the same command goes on from here")
-                return INTERRUPTED
-            except Exception as error:
-                if ranks.count() > 1 and run.stop_requested:  # another rank has left already, and so did its connection
-                    print(f"interrupted while waiting for another process: {error}", file=sys.stderr)
-                    return INTERRUPTED
-                traceback.print_exc()
-                run.fail(
-                    f"{type(error).__name__}: {error}".splitlines()[0]
-                    if not isinstance(error, ConfigError)
-                    else str(error)
-                )
-                status = 1
-        if run.stop_requested:
-            return INTERRUPTED
-    return status
-
-
-def _write_to(log: Path, quiet: bool) -> None:
-    """Send this process's output, and that of its libraries, to the log of the run in hand; if quiet, errors only."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.dup2(file, 2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY) if quiet else file, 1)
-    os.close(file)

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from undo.experiment import PlannedRun
-from undo.run import RunDirectory
-from undo.stage import TrainingStage
+from undo.config.units import duration
+from undo.experiments.plan import PlannedRun
+from undo.runs.directory import RunDirectory
+from undo.train.stage import TrainingStage
 
 TAIL_BYTES = 8192  # enough to hold the last step and the last evaluation of metrics.jsonl
 
@@ -140,18 +141,3 @@ def _last(run: RunDirectory) -> dict[str, Any]:
         except ValueError:  # the first line of the tail is rarely whole
             continue
     return merged
-
-
-def duration(seconds: float) -> str:
-    """90 -> 1:30."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def si(value: float) -> str:
-    """1.2e13 -> '12.0 T'."""
-    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
-        if value >= 10**power:
-            return f"{value / 10**power:.1f} {prefix}"
-    return f"{value:.0f} "

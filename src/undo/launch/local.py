@@ -1,28 +1,23 @@
-"""Fan-out: jobs over all visible GPUs, or over the cores where there is none. Never imports torch.
-
-The seam to a cluster is `Job` and the signature of `run_jobs`: a job is a command line, it may start when the runs
-it waits for are done, and *done* is said by a run's own run.json, never by the launcher. A backend that submits
-`job.command` to a queue and waits for the same files can take the place of the local one.
-"""
+"""The local backend: one process for each job, over all visible GPUs, or over the cores where there is none."""
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Final, Protocol
+from typing import Final
 
-from undo import nanny, ranks
-from undo.config import ConfigError
-from undo.run import INTERRUPTED, RunDirectory
+from undo.launch import nanny
+from undo.launch.devices import Slot, take_slot, visible_gpus
+from undo.launch.jobs import DeviceShare, Display, Job, most_urgent_first
+from undo.runs import ranks
+from undo.runs.directory import INTERRUPTED
 
 POLL_SECONDS: Final = 0.1
 # Large tensors are reused, not returned to the kernel after each step: page faults are half of naive CPU time.
@@ -30,133 +25,6 @@ MALLOC: Final = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """One process. It executes its runs one after the other; if it dies, only the run in hand is lost."""
-
-    argv: tuple[str, ...]
-    runs: tuple[RunDirectory, ...]
-    waits_for: frozenset[str]  # names of runs of the same setting
-    share: "DeviceShare"
-
-    @property
-    def command(self) -> list[str]:
-        return [*self.argv, *(str(run.folder) for run in self.runs)]
-
-
-@dataclass(frozen=True)
-class DeviceShare:
-    """How much of the machine a job takes: 1 / runs_per_gpu of `devices` GPUs, or `threads` cores for each device where
-    there is none."""
-
-    runs_per_gpu: int = 1
-    threads: int = 1
-    devices: int = 1
-
-
-class Display(Protocol):
-    """Hears of every change of a run's state."""
-
-    def changed(self, run: RunDirectory, state: str, detail: str = "") -> None: ...
-
-
-# --- devices -------------------------------------------------------------------------------------------------------
-
-
-def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The GPUs that this process may use, as strings: indices, UUIDs or MIG names, as CUDA_VISIBLE_DEVICES has them."""
-    listed = environment.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return [name.strip() for name in listed.split(",") if name.strip() and name.strip() != "-1"]
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return answer.split()
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class Slot:
-    """A share of devices, held by an open lock file for each, and so by whoever inherits their descriptors."""
-
-    def __init__(self, devices: Sequence[str], files: Sequence[int]) -> None:
-        self.device = ",".join(dict.fromkeys(devices))  # as CUDA_VISIBLE_DEVICES has them, or cpu
-        self.files = tuple(files)
-
-    def release(self) -> None:
-        for file in self.files:
-            os.close(file)
-
-
-def take_slot(share: DeviceShare, gpus: Sequence[str], folder: Path | None = None) -> Slot | None:
-    """A free share of as many devices as are wanted, or None. All launchers of a user see the same lock files, so they
-    do not overbook.
-
-    A device takes one more run only if neither the newcomer's limit nor that of any run on it is exceeded.
-    """
-    folder = folder or Path(tempfile.gettempdir()) / f"undo-slots-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    limit = share.runs_per_gpu if gpus else max(1, cores() // share.threads)
-    devices, files = list[str](), list[int]()
-    with _alone(folder / "several.guard") if share.devices > 1 else contextlib.nullcontext():  # or two have half each
-        for device in gpus or ["cpu"] * share.devices:
-            with _alone(folder / f"{_file_name(device)}.guard"):
-                file = _take_one_of(folder, device, limit)
-            if file is not None:
-                devices.append(device)
-                files.append(file)
-            if len(files) == share.devices:
-                return Slot(devices, files)
-        for file in files:
-            os.close(file)
-    return None
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    with open(path, "w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        yield
-
-
-def _take_one_of(folder: Path, device: str, limit: int) -> int | None:
-    """The descriptor of a lock file of the device."""
-    used, strictest, free = 0, limit, None
-    present = len(list(folder.glob(f"{_file_name(device)}.slot-*")))  # another launcher may have allowed more of them
-    for index in range(max(limit, present)):
-        file = os.open(folder / f"{_file_name(device)}.slot-{index}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            used += 1
-            strictest = min(strictest, int(os.pread(file, 16, 0) or b"1"))
-            os.close(file)
-            continue
-        if free is None:
-            free = file
-        else:
-            os.close(file)
-    if free is None:
-        return None
-    if used >= strictest:
-        os.close(free)
-        return None
-    os.truncate(free, 0)
-    os.pwrite(free, str(limit).encode(), 0)
-    return free
-
-
-def _file_name(device: str) -> str:
-    return "".join(c if c.isalnum() or c == "-" else "_" for c in device)
-
-
-# --- one job as a process ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -250,20 +118,6 @@ def run_jobs(jobs: Sequence[Job], display: Display) -> dict[str, str]:
     return failed
 
 
-def most_urgent_first(jobs: Sequence[Job]) -> list[Job]:
-    """By the number of jobs that must still follow one after the other; equals stay in order."""
-    children: dict[str, list[Job]] = {}
-    for job in jobs:
-        for parent in job.waits_for:
-            children.setdefault(parent, []).append(job)
-
-    @cache
-    def generations(job: Job) -> int:
-        return 1 + max((generations(child) for run in job.runs for child in children.get(run.name, [])), default=0)
-
-    return sorted(jobs, key=generations, reverse=True)
-
-
 def _report(worker: Worker, failed: dict[str, str], display: Display) -> None:
     """Tell the display which runs of a job have ended since the last look, and which one is in hand."""
     for position, run in enumerate(worker.job.runs):
@@ -326,16 +180,3 @@ def _signals_as_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def check_devices(share: DeviceShare) -> None:
-    """Raises ConfigError if a run wants more than there is: it would wait for ever."""
-    gpus = visible_gpus()
-    if gpus and share.devices > len(gpus):
-        raise ConfigError(
-            f"execution.devices={share.devices}, but {len(gpus)} GPUs are visible: {', '.join(gpus)}\n"
-            f"take fewer devices, or name more in CUDA_VISIBLE_DEVICES"
-        )
-    if not gpus and share.devices * share.threads > cores():
-        several = f"execution.devices={share.devices} with " * (share.devices > 1)
-        raise ConfigError(f"{several}execution.threads={share.threads}, but this machine has {cores()} cores")

@@ -6,7 +6,7 @@ measured to keep of Llama, Qwen-3, Gemma-2 and Gemma-3 on a CPU (an upper bound 
 is modelled. Five runs on a CPU peaked at 0.85 to 1.15 times the estimate; tests/test_memory.py holds one of them to a
 factor of 1.4, with a plain step and with SAM's.
 
-uv run python -m undo.memory        what fits on which card
+uv run python benchmarks/fits.py        what fits on which card
 """
 
 import os
@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from undo.config import ConfigError, Execution, Training
-from undo.prepare_models import ReducedGemma2
-from undo.shape import CountedShape, Shape
+from undo.config.mistakes import ConfigError
+from undo.config.schema import Execution, Training
+from undo.lm.shape import Shape
 
 FP32: Final = 4  # bytes
 BF16: Final = 2
@@ -172,70 +172,3 @@ def available(runs: int = 1, devices: int = 1) -> tuple[float, str]:
         except (OSError, ValueError):  # not there, or "max"
             continue
     return min(limits) / devices, "cpu"
-
-
-# --- what fits where -----------------------------------------------------------------------------------------------
-
-
-def _gemma3(hidden: int, intermediate: int, layers: int, window: int) -> CountedShape:
-    """As in the config.json of google/gemma-3-*; the small ones have 4 heads of 256 and 1 for keys and values."""
-    block = hidden * 256 * (2 * 4 + 2) + 3 * hidden * intermediate + 4 * hidden + 2 * 256
-    return CountedShape(
-        layers=layers,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        heads=4,
-        kv_heads=1,
-        head_dim=256,
-        vocab_size=262_144,
-        block_parameters=block,
-        other_parameters=hidden,
-        head_parameters=262_144 * hidden,
-        window=window,
-        sliding_layers=layers - layers // 6,
-    )
-
-
-MODELS: Final[dict[str, Shape]] = {
-    "gemma-3-270m": _gemma3(640, 2048, 18, 512),
-    "gemma-3-1b": _gemma3(1152, 6912, 26, 512),
-    "gemma-2-2b": ReducedGemma2(hidden_size=2304, intermediate_size=9216, layers=26, head_dim=256),
-}
-CARDS: Final = {24: 23.6, 40: 39.4, 80: 79.1, 141: 139.8}  # the GB of their names, and the GiB that CUDA reports
-
-
-def table(length: int = 1024, batch_rows: int = 8) -> str:
-    """Modelled: for each model and kind of run the least change to its config with which it fits on a card."""
-    from undo.methods import SAM
-
-    cfg = Training(
-        steps=1, batch_rows=batch_rows, learning_rate=1e-5, evaluate_every=1, precision="bf16", warmup_steps=0
-    )
-    lines = [
-        f"bf16 autocast, fp32 weights, batches of {batch_rows} rows of {length} tokens; modelled, not measured",
-        f"{'model':14}{'run':32}{'as it is':>9}   " + "".join(f"{card:>3} GB{'':24}" for card in CARDS).rstrip(),
-    ]
-    for name, shape in MODELS.items():
-        for kind, frozen, held in (
-            ("finetuning", (), 0),
-            ("with a teacher or reference", (shape,), 0),
-            ("SAM, with a reference", (shape,), SAM(ascent="total").held_per_weight),
-        ):
-            found = list(options(shape, cfg, Execution(), length, frozen=frozen, held=held))
-            cells = []
-            for gib in CARDS.values():
-                fitting = next((option for option in found if option.memory.total <= gib * 2**30), None)
-                cells.append("does not fit" if fitting is None else _short(fitting.keys))
-            total = f"{found[0].memory.total / 1e9:.0f} GB"
-            lines.append(f"{name:14}{kind:32}{total:>9}   " + "".join(f"{cell:30}" for cell in cells).rstrip())
-    return "\n".join(lines)
-
-
-def _short(keys: str) -> str:
-    names = {"execution.gradient_checkpointing=true": "checkpointing", "training.optimizer=adamw_8bit": "8-bit"}
-    parts = [names.get(key, key.removeprefix("execution.").replace("micro_rows=", "rows ")) for key in keys.split()]
-    return ", ".join(parts) or "as it is"
-
-
-if __name__ == "__main__":
-    print(table())

@@ -2,7 +2,7 @@
 
 from typing import Protocol, Self
 
-from undo.config import Count, Frozen
+from undo.config.schema import Count, Frozen
 
 
 class Shape(Protocol):

@@ -7,23 +7,17 @@ exist, so as in the paper every one of them occurs in training and validation ac
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
 import numpy as np
 from pydantic import Field
 
-from undo.config import Count, Frozen, Role, Share
+from undo.config.schema import Count, Frozen, Role, Share
+from undo.data.problems import OPERATIONS, Form, Operation, Problem
 from undo.prepare_data import templates
 
-Operation = Literal["addition", "subtraction", "multiplication", "division"]
-Form = Literal["equation", "word_problem"]
 Pairs = np.ndarray  # [n, 2] int64: the operands, in the order in which they are written
 
-OPERATIONS: Final[dict[Role, tuple[Operation, Operation]]] = {
-    "retain": ("addition", "subtraction"),
-    "forget": ("multiplication", "division"),
-}
 FORMS: Final[tuple[Form, Form]] = ("equation", "word_problem")
 SIGNS: Final[dict[Operation, str]] = {"addition": "+", "subtraction": "-", "multiplication": "*", "division": "/"}
 TEMPLATES: Final[dict[Operation, templates.Templates]] = {
@@ -32,25 +26,6 @@ TEMPLATES: Final[dict[Operation, templates.Templates]] = {
     "multiplication": templates.MULTIPLICATION,
     "division": templates.DIVISION,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """`prompt` + `answer` is the text; the answer starts with the space that separates it from the prompt."""
-
-    operation: Operation
-    form: Form
-    prompt: str
-    answer: str
-    seen: bool = True  # False: the operand pair never occurs in training
-
-    @property
-    def text(self) -> str:
-        return self.prompt + self.answer
-
-    @property
-    def role(self) -> Role:
-        return "retain" if self.operation in OPERATIONS["retain"] else "forget"
 
 
 class ArithmeticWorld(Frozen):

@@ -16,7 +16,7 @@ def origin(path: str) -> str | None:
     What lies in a folder `qa` is no corpus: questions are made from one, by the command that is named.
     """
     if Path(path).parent.name == "qa":
-        made = "uv run python -m undo.prepare_data wmdp-qa"
+        made = "uv run python -m undo.prepare_data.write_questions"
         return f"make it with: {made} --corpus <{Path(path).stem} corpus> --out {path} --endpoint <url> --model <name>"
     name = re.search(r"(bio|cyber)[\W_]*(forget|remove|retain)", path.lower())
     if name is None:

@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from undo.config import ROLES, ConfigError, Count, Frozen, Role, RunName, Share, StageConfig
-from undo.prepare_data.arithmetic import OPERATIONS, ArithmeticWorld
+from undo.config.files import write_atomically
+from undo.config.mistakes import ConfigError
+from undo.config.schema import ROLES, Count, Frozen, Role, RunName, Share, StageConfig
+from undo.data.problems import OPERATIONS
+from undo.data.store import WINDOW, WINDOW_TOKENS, StoreWriter, TokenStore, batched, pack, token_bytes
+from undo.lm.tokens import MARK
+from undo.prepare_data.arithmetic import ArithmeticWorld
 from undo.prepare_data.text import Paired, Source
 from undo.prepare_data.tokenizer import load_tokenizer, train_byte_pairs, train_words
-from undo.run import Run, write_atomically
-from undo.stage import Stage
-from undo.tokens import MARK, WINDOW, WINDOW_TOKENS, StoreWriter, TokenStore, batched, pack, token_bytes
+from undo.runs.run import Run
+from undo.train.stage import Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,7 +74,7 @@ class Prepare(StageConfig):
                     raise ConfigError(
                         f"data.{role}: {error}\n"
                         f"give your own files with prepare.{where}=... "
-                        f"(python -m undo.prepare_data: without `prepare.`)"
+                        f"(run_prepare.py: without `prepare.`)"
                     ) from None
 
     @model_validator(mode="after")
@@ -281,4 +285,6 @@ def check_disk(cfg: Prepare, folder: Path) -> None:
         )
 
 
-STAGE = Stage("prepare", Prepare, prepare, ("-m", "undo.prepare_data"))
+STAGE = Stage(
+    "prepare", Prepare, prepare, __name__, "Data (Appendices A and D.2.2, Table 11)", row_tokens=lambda cfg: cfg.length
+)

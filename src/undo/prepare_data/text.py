@@ -14,7 +14,8 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import model_validator
 
-from undo.config import ConfigError, Count, Frozen, Share
+from undo.config.mistakes import ConfigError
+from undo.config.schema import Count, Frozen, Share
 from undo.prepare_data.corpora import origin
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".tokens")  # .tokens: WikiText's
@@ -93,7 +94,7 @@ class Place(Frozen):
         from datasets.exceptions import DatasetNotFoundError
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-        from undo.tracking import find_token
+        from undo.config.secrets import find_token
 
         assert self.hub is not None
         try:
@@ -204,7 +205,7 @@ def blend(parts: Mapping[str, Part], again: bool) -> Iterator[str]:
 
 def made_questions(text: str) -> Iterator[str]:
     """Questions and answers by rule, as documents."""
-    from undo.prepare_data.definitions import definitions
+    from undo.prepare_data.write_questions.definitions import definitions
 
     return (question.text for question in definitions(text))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from undo.config import ConfigError
+from undo.config.mistakes import ConfigError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,7 +23,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     from huggingface_hub.errors import GatedRepoError
     from transformers import AutoTokenizer
 
-    from undo.tracking import find_token
+    from undo.config.secrets import find_token
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, token=find_token("hf_token.txt", "HF_TOKEN"))

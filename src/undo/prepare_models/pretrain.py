@@ -1,15 +1,13 @@
-"""Pretrain the reference model (all roles) and the oracle (all but the forget role): Section 3, Appendix A, Table 2.
-
-uv run run_pretrain.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
-"""
+"""Pretrain the reference model (all roles) and the oracle (all but the forget role): Section 3, Appendix A, Table 2."""
 
 from collections.abc import Mapping
 
-from undo import cli
-from undo.config import Mixture
-from undo.prepare_models import ReducedGemma2
-from undo.run import Run
-from undo.stage import Stage, TrainingStage, fit, keep, place, require_memory
+from undo.config.schema import Mixture
+from undo.prepare_models.reduced_gemma2 import ReducedGemma2
+from undo.runs.run import Run
+from undo.train.fit import fit
+from undo.train.parents import keep, place, require_memory
+from undo.train.stage import Stage, TrainingStage
 
 
 class Pretrain(TrainingStage):
@@ -32,7 +30,11 @@ def pretrain(cfg: Pretrain, run: Run) -> None:
     run.finish(**facts)
 
 
-STAGE = Stage("pretrain", Pretrain, pretrain, (__file__,))
-
-if __name__ == "__main__":
-    cli.main(STAGE)
+STAGE = Stage(
+    "pretrain",
+    Pretrain,
+    pretrain,
+    __name__,
+    "Models and pretraining (Tables 1 and 2)",
+    shape=lambda cfg, run: cfg.model,
+)

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from undo.config import ConfigError, StageConfig
-from undo.run import Run
-from undo.shape import Shape
-from undo.stage import Stage
+from undo.config.mistakes import ConfigError
+from undo.config.schema import StageConfig
+from undo.lm.shape import Shape
+from undo.runs.directory import RunDirectory
+from undo.runs.run import Run
+from undo.train.stage import Stage
 
 WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")  # all of a model folder that is ever read
 
@@ -27,13 +29,19 @@ def is_local(model: str) -> bool:
     return Path(model).is_dir() or model.startswith((".", "/", "~"))
 
 
+def shape_of_base(cfg: Base, run: RunDirectory) -> Shape | None:
+    """Of the model that the run has fetched, or would fetch."""
+    fetched = run.done and run.config["model"] == cfg.model
+    return known_shape(str(run.model) if fetched else cfg.model)
+
+
 def known_shape(model: str) -> Shape | None:
     """Of a folder, from its config.json (ConfigError if it is no causal model); of a few hub ids; None for others."""
-    from undo.memory import MODELS
+    from undo.prepare_models.known import MODELS
 
     if not is_local(model):
         return {f"google/{name}": shape for name, shape in MODELS.items()}.get(model)
-    from undo.models import read_shape
+    from undo.lm.disk import read_shape
 
     read_config(Path(model))
     return read_shape(Path(model).expanduser())
@@ -80,7 +88,7 @@ def download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    from undo.tracking import find_token
+    from undo.config.secrets import find_token
 
     try:
         return Path(snapshot_download(name, token=find_token("hf_token.txt", "HF_TOKEN"), allow_patterns=[*WEIGHTS]))
@@ -101,9 +109,4 @@ def download(name: str) -> Path:
         ) from None
 
 
-STAGE = Stage("base", Base, fetch, ("-m", "undo.pretrained"))
-
-if __name__ == "__main__":
-    from undo import cli
-
-    cli.main(STAGE)
+STAGE = Stage("base", Base, fetch, __name__, "The pretrained model (D.2)", shape=shape_of_base)

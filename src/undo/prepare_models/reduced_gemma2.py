@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
 from pydantic import model_validator
 
-from undo.config import Count, Frozen, Positive
-from undo.shape import seen_twice
+from undo.config.schema import Count, Frozen, Positive
+from undo.lm.shape import seen_twice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,7 +72,7 @@ class ReducedGemma2(Frozen):
         """Randomly initialised from its own generator; the same on every machine and whatever was drawn before."""
         from transformers import Gemma2Config
 
-        from undo.models import fresh
+        from undo.lm.disk import fresh
 
         config = Gemma2Config(
             vocab_size=self.vocab_size,

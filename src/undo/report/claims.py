@@ -11,8 +11,9 @@ from itertools import pairwise
 from statistics import mean
 from typing import Final, Literal
 
-from undo.paper import MMLU_LOST
-from undo.results import Attacked, Result, Results, pareto_front
+from undo.report.paper import MMLU_LOST
+from undo.results.frontier import pareto_front
+from undo.results.results import Attacked, Result, Results
 
 Verdict = Literal["holds", "mixed", "fails", "not run"]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from undo.claims import HEADER, Checked, as_rows
-from undo.display import si
-from undo.experiment import STAGES
-from undo.results import Result, Results, as_text
-from undo.tables import after_noise, beaten, choices, compute, markdown, points, unlearning_sweep
+from undo.config.units import si
+from undo.report.claims import HEADER, Checked, as_rows
+from undo.report.tables import after_noise, beaten, choices, compute, points, unlearning_sweep
+from undo.results.results import Result, Results
+from undo.results.text import as_text, markdown
 
 
 def report(results: Results, checked: Sequence[Checked], figures: Iterable[Path], missing: Iterable[str]) -> str:
@@ -80,7 +80,7 @@ def over_seeds(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
 def costs(results: Results) -> str:
     """By stage: runs, their processes' time, tokens trained on, FLOPs of training and of evaluation, peak memory."""
     rows = []
-    for stage in STAGES:
+    for stage in results.stages:
         facts = [run.facts for run in results.of(stage)]
         if facts:
             rows.append((stage, *_cost_cells(facts)))

@@ -1,13 +1,8 @@
-"""The paper's tables: hyper-parameters from the very configs that the runs use (Tables 1 to 8), and Appendix B.1."""
+"""The paper's tables of results (Appendix B.1, Tables 10 and 13, Figure 7 as a table), with ours beside them."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from statistics import median
-from typing import Any, Final
 
-from undo.config import Raw, as_raw, expand, read_yaml, validate
-from undo.experiment import STAGES, Costs, plan, sources, with_points
-from undo.paper import (
+from undo.report.paper import (
     CHOSEN,
     COMPUTE_AT_ALPHA_08,
     MMLU_AFTER_NOISE,
@@ -16,110 +11,10 @@ from undo.paper import (
     UNLEARNING,
     Sweep,
 )
-from undo.prepare_models import ReducedGemma2
-from undo.results import Result, Results, beats
-from undo.selection import RANKS
-from undo.stage import Stage
-
-CAPTIONS: Final = {
-    "prepare": "Data (Appendices A and D.2.2, Table 11)",
-    "base": "The pretrained model (D.2)",
-    "pretrain": "Models and pretraining (Tables 1 and 2)",
-    "unlearn": "Unlearning (Tables 5, 9 and 10, B.1, D.1)",
-    "distill": "Oracle matching (Table 3), Unlearn-and-Distill (Table 6)",
-    "undo": "UNDO (Table 6, Appendix C, D.1, D.2.4)",
-    "relearn": "Relearning attacks (Tables 4 and 12)",
-}
-HIDDEN: Final = ("name", "variant", "execution", "seeds")  # of a run, not of an experiment
-MANY: Final = 11  # more values than this are counted, not listed
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-# --- hyper-parameters ----------------------------------------------------------------------------------------------
-
-
-def hyperparameters(folder: Path, stages: Mapping[str, Stage]) -> str:
-    """Two tables a stage: the keys that all variants share, and the others. A key that is swept lists its values."""
-    present = [stage for name in STAGES if (stage := stages[name]) and (folder / f"{name}.yaml").exists()]
-    planned = {run.name: run for s in present for run in plan(s, sources(folder, s.name), {}, Path("runs"))}
-    costs = Costs(list(planned.values()), folder)
-    parts = [
-        f"# The hyper-parameters of configs/{folder.name}\n\nMade by `uv run run_all.py {folder.name} --tables`.\n"
-    ]
-    for stage in present:
-        columns: dict[str, list[Raw]] = {}
-        amount = 0
-        for variant, raws in (found for source in sources(folder, stage.name) for found in _variants(source)):
-            configs = [validate(stage.schema, raw, stage.name) for raw in raws]
-            columns[variant] = [_leaves(as_raw(config)) for config in configs]
-            for leaves, config in zip(columns[variant], configs, strict=True):
-                if "model.layers" in leaves:
-                    leaves["parameters"] = ReducedGemma2(**as_raw(config)["model"]).parameters
-                if cost := costs.of(planned[f"{stage.name}/{config.name}"]):
-                    leaves["tokens"] = cost.tokens
-            amount += len(configs)
-        keys = dict.fromkeys(key for raws in columns.values() for raw in raws for key in raw)
-        rows = {key: [_values(raw.get(key) for raw in raws) for raws in columns.values()] for key in keys}
-        common = {key: cells[0] for key, cells in rows.items() if len(set(cells)) == 1}
-        rows = {key: cells for key, cells in rows.items() if key not in common}
-        parts.append(f"## {CAPTIONS[stage.name]}\n\n`{stage.name}.yaml`, {amount} run{'s' * (amount > 1)}\n")
-        parts.append(markdown(["every run", ""], ((f"`{key}`", cell) for key, cell in common.items() if cell != "-")))
-        if rows:
-            by_variant = zip(columns, zip(*rows.values(), strict=True), strict=True)
-            parts.append(markdown(["", *(f"`{key}`" for key in rows)], ([v, *cells] for v, cells in by_variant)))
-    return "\n".join(parts)
-
-
-def _variants(source: Path) -> Iterable[tuple[str, list[Raw]]]:
-    """The variants of a YAML, "undo_{noise.alpha}" as "undo_*", each with its runs."""
-    raw = with_points(read_yaml(source), {}, Path("runs") / source.parent.name)
-    for variant, changes in (raw.get("variants") or {raw.get("variant", "all"): {}}).items():
-        label = "".join("*" + part.partition("}")[2] if i else part for i, part in enumerate(variant.split("{")))
-        yield label, expand({**raw, "variants": {variant: changes}}, {}, str(source))
-
-
-def _leaves(raw: Raw, prefix: str = "") -> Raw:
-    """Dotted keys; a mixture is one value, and the name of a block stands for the block."""
-    found: Raw = {}
-    for key, value in raw.items():
-        if not prefix and key in HIDDEN:
-            continue
-        if isinstance(value, dict) and key != "mixture":
-            named = {key: value["name"]} if "name" in value else {}
-            rest = {k: v for k, v in value.items() if k != "name"}
-            found |= {f"{prefix}{k}": v for k, v in named.items()} | _leaves(rest, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
-
-
-def _values(values: Iterable[Any]) -> str:
-    texts = list(dict.fromkeys(map(_text, values)))
-    return f"{len(texts)} different" if len(texts) > MANY else ", ".join(texts)
-
-
-def _text(value: Any) -> str:
-    match value:
-        case None:
-            return "-"
-        case bool() | str():
-            return str(value)
-        case float():
-            return f"{value:g}"
-        case int():
-            return f"{value:,}"
-        case list():
-            return " ".join(map(_text, value)) or "-"
-        case dict():
-            return ", ".join(f"{key} {_text(part)}" for key, part in value.items() if part) or "-"
-    return str(value)
-
-
-# --- numbers that the paper prints -------------------------------------------------------------------------------
+from undo.results.frontier import beats
+from undo.results.results import Result, Results
+from undo.results.selection import RANKS
+from undo.results.text import markdown
 
 
 def unlearning_sweep(results: Results) -> str | None:

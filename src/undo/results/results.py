@@ -1,19 +1,16 @@
 """Runs -> one table. The worst case over adversaries, and robustness, are defined here and nowhere else."""
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Final, get_args
 
-from undo.config import Raw
+from undo.config.schema import Raw
 from undo.evaluate import Evaluation
 from undo.evaluate.evaluator import EvaluationConfig
-from undo.experiment import STAGES
-from undo.run import RunDirectory, write_atomically
+from undo.runs.directory import RunDirectory
 
 SHOWN: Final = (20, 70)  # relearning steps that the table shows beside the last
 Curve = dict[int, float]  # relearning step -> forget performance
@@ -91,15 +88,17 @@ class Results:
 
     setting: str
     runs: tuple[Result, ...]
+    stages: tuple[str, ...]
 
     @classmethod
-    def read(cls, runs: Path, setting: str) -> "Results":
+    def read(cls, runs: Path, setting: str, stages: Sequence[str]) -> "Results":
+        """`stages`: their names, in the order of the pipeline (settings/stages.py)."""
         found = []
-        for stage in STAGES:
+        for stage in stages:
             for path in sorted((runs / setting / stage).glob("*/run.json")):
                 directory = RunDirectory.at(path.parent)
                 found.append(Result(directory, directory.config, directory.facts))
-        return cls(setting, tuple(found))
+        return cls(setting, tuple(found), tuple(stages))
 
     def of(self, stage: str) -> list[Result]:
         return [run for run in self.runs if run.name.startswith(f"{stage}/")]
@@ -239,39 +238,3 @@ class Results:
                 }
             )
         return rows
-
-
-def pareto_front(points: Mapping[str, tuple[float, float]], higher_is_better: bool) -> list[str]:
-    """Which (retain, forget) performances no other one beats: better on retain and worse on forget, or equal in one."""
-    return [
-        label
-        for label, mine in points.items()
-        if not any(beats(other, mine, higher_is_better) for other in points.values())
-    ]
-
-
-def beats(one: tuple[float, float], other: tuple[float, float], higher_is_better: bool) -> bool:
-    """Whether `one`, (retain, forget), is better than `other` in one of the two and not worse in any."""
-    sign = 1 if higher_is_better else -1
-    return one != other and sign * one[0] >= sign * other[0] and sign * one[1] <= sign * other[1]
-
-
-def write_csv(rows: Iterable[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([row[column] for column in columns] for row in rows)
-    write_atomically(path, text.getvalue())
-
-
-def as_text(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The table's cells as they are printed."""
-
-    def cell(column: str, value: Any) -> str:
-        if value is None:
-            return "-"
-        if column == "flops":
-            return f"{value:.2e}"
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    return [[cell(column, value) for column, value in row.items()] for row in rows]

@@ -7,13 +7,12 @@ nearest to the middle between them. A frontier of fewer than three is filled up 
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-from undo.config import ConfigError, Raw, read_yaml
+from undo.config.mistakes import ConfigError
+from undo.config.schema import Raw
 
 RANKS: Final = ("best", "medium", "worst")  # by what they retain
-FILE: Final = "points.yaml"  # in a setting's folder of runs
 
 
 class Point(NamedTuple):
@@ -28,7 +27,7 @@ class Point(NamedTuple):
 
 def across_the_frontier(points: Sequence[Point], start: float, higher_is_better: bool) -> dict[str, Point]:
     """Rank -> point. `start`: forget performance before unlearning. Raises ConfigError for fewer than three points."""
-    from undo.results import pareto_front
+    from undo.results.frontier import pareto_front
 
     if len(points) < len(RANKS):
         raise ConfigError(f"three points are to be chosen from a search of {len(points)}; sweep more values")
@@ -49,13 +48,3 @@ def across_the_frontier(points: Sequence[Point], start: float, higher_is_better:
 def as_raw(chosen: Mapping[str, Mapping[str, Point]]) -> Raw:
     """Method -> rank -> values, as they stand in a YAML under `points`."""
     return {method: {rank: dict(p._asdict()) for rank, p in ranks.items()} for method, ranks in chosen.items()}
-
-
-def chosen_points(folder: Path) -> dict[str, Any]:
-    """What was chosen in a setting's folder of runs. Raises ConfigError before there is a choice."""
-    if not (folder / FILE).exists():
-        raise ConfigError(
-            f"{folder / FILE} is not there: the points are chosen from the results of a search\n"
-            f"make it with: uv run run_wmdp.py {folder.name} --stage search"
-        )
-    return read_yaml(folder / FILE)

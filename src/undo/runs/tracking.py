@@ -4,17 +4,14 @@ The records on disk are the truth; the tracker gets a copy, and a run never fail
 from tokens/wandb_token.txt or WANDB_API_KEY, and go to the tracker's own login only.
 """
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from undo.config import ConfigError, StageConfig, as_raw
+from undo.config.schema import StageConfig, as_raw
+from undo.config.secrets import token
 
 if TYPE_CHECKING:
-    from undo.run import RunDirectory
-
-TOKENS = Path(__file__).parents[2] / "tokens"
+    from undo.runs.directory import RunDirectory
 
 
 class Tracker(Protocol):
@@ -57,25 +54,6 @@ class WandbTracker:
 
     def finish(self) -> None:
         self._run.finish()
-
-
-def find_token(file: str, variable: str) -> str | None:
-    path = TOKENS / file
-    return os.environ.get(variable, "").strip() or (path.read_text().strip() if path.exists() else "") or None
-
-
-def token(file: str, variable: str) -> str:
-    """Raises ConfigError that names both places, and neither's content."""
-    value = find_token(file, variable)
-    if value is None:
-        raise ConfigError(f"no token: put it into tokens/{file}, or set {variable}")
-    return value
-
-
-def check_token(config: StageConfig) -> None:
-    """Before anything is started."""
-    if config.execution.tracking == "online":
-        token("wandb_token.txt", "WANDB_API_KEY")
 
 
 def open_tracker(run: "RunDirectory", config: StageConfig) -> Tracker:

@@ -1,35 +1,35 @@
 """The results table, the paper's figures and the paper's claims from finished runs.
 
-    uv run run_figures.py demo [fig3 fig4 fig5 claims] [--runs DIR] [--out DIR]
-
 Without names: everything, and report.md, one page that holds it all.
 """
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from undo.claims import HEADER, as_rows, check
-from undo.cli import guarded
-from undo.config import ConfigError
-from undo.experiment import script_of
-from undo.figures import FIGURES, draw, figures_of
-from undo.report import report
-from undo.results import Results, as_text, write_csv
-from undo.run import write_atomically
+from undo.config.files import write_atomically
+from undo.config.mistakes import ConfigError
+from undo.experiments.remedy import command_of, remedy
+from undo.report.claims import HEADER, as_rows, check
+from undo.report.figures import FIGURES, draw, figures_of
+from undo.report.figures.missing import Missing
+from undo.report.report import report
+from undo.results.results import Results
+from undo.results.text import as_text, write_csv
+from undo.settings.stages import STAGES
 
 NAMES = (*FIGURES, "claims")
 
 
 def publish(setting: str, runs: Path, names: list[str] | None = None, out: Path | None = None) -> None:
     """Print the table, write summary.csv and what is named into `out` (default: the setting's folder of runs)."""
-    results = Results.read(runs, setting)
+    results = Results.read(runs, setting, tuple(STAGES))
     if not results.runs:
-        script = script_of(setting)
-        raise ConfigError(f"{runs / setting} holds no finished run; make some with: uv run {script} {setting}")
+        raise ConfigError(f"{runs / setting} holds no finished run; make some with: {command_of(setting)}")
     out = runs / setting if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     rows = results.table()
@@ -41,7 +41,8 @@ def publish(setting: str, runs: Path, names: list[str] | None = None, out: Path 
         table.add_row(*cells)
     console.print(table)
     wanted = figures_of(results) if names is None else [name for name in names if name in FIGURES]
-    figures, missing = draw(wanted, results, out / "figures")
+    figures, lacking = draw(wanted, results, out / "figures")
+    missing = not_drawn(setting, lacking)
     write_csv(rows, results.columns, out / "summary.csv")
     checked = check(results)
     if "claims" in (names or NAMES):
@@ -57,6 +58,13 @@ def publish(setting: str, runs: Path, names: list[str] | None = None, out: Path 
         lines.append(f"report: {out / 'report.md'}")
     for line in [*lines, *missing]:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def not_drawn(setting: str, lacking: Mapping[str, Missing]) -> list[str]:
+    """One line for each figure that lacks something: what, and the command that makes it."""
+    return [
+        f"{name}: not drawn: {lack.what} is missing; {remedy(setting, lack.runs)}" for name, lack in lacking.items()
+    ]
 
 
 def main() -> int:
@@ -75,7 +83,3 @@ def main() -> int:
         raise ConfigError(f"there is no figure {unknown[0]!r}; there are: {', '.join(NAMES)}")
     publish(args.setting, args.runs, None if not args.figures or "all" in args.figures else args.figures, args.out)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main))

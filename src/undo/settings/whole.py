@@ -1,34 +1,23 @@
 """A whole setting, in order, to its table and figures: prepare -> pretrain -> unlearn -> distill, undo -> relearn.
 
-    uv run run_all.py demo [stage.key=value ...] [--only GLOB] [--with NAME] [--dry-run] [--force]
-
 The stages are one graph of jobs: a run starts as soon as its own parents are done. Overrides carry the name of their
 stage (undo.noise.beta=0.5); seed and sweep.seed go to every stage that trains.
 """
 
 import argparse
-import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import run_distill
-import run_figures
-import run_pretrain
-import run_relearn
-import run_undo
-import run_unlearn
-from undo import cli, pretrained
-from undo.config import ConfigError, parse_overrides
-from undo.experiment import PlannedRun, beside_the_main, find_configs, pick, plan, sources, wanted
-from undo.prepare_data import prepare
-from undo.stage import TrainingStage
-from undo.tables import hyperparameters
-
-STAGES = {
-    module.STAGE.name: module.STAGE
-    for module in (prepare, pretrained, run_pretrain, run_unlearn, run_distill, run_undo, run_relearn)
-}
+from undo.config.mistakes import ConfigError
+from undo.config.sweep import parse_overrides
+from undo.experiments import cli
+from undo.experiments.choose import pick, wanted
+from undo.experiments.hyperparameters import hyperparameters
+from undo.experiments.plan import PlannedRun, beside_the_main, find_configs, plan, sources
+from undo.settings.publish import publish
+from undo.settings.stages import STAGES
+from undo.train.stage import TrainingStage
 
 
 def route(overrides: dict[str, Any], without_seeds: Collection[str] = ()) -> dict[str, dict[str, Any]]:
@@ -86,14 +75,10 @@ def main() -> int:
     if args.tables:
         print(hyperparameters(find_configs(args.config, "unlearn")[0].parent, STAGES), end="")
         return 0
-    status = cli.launch(args, planned)
+    status = cli.launch(args, planned, STAGES)
     if args.dry_run or status == 130:
         return status
     setting = planned(args)[0][0].directory.setting
     if any((args.runs / setting).glob("*/*/run.json")):
-        run_figures.publish(setting, args.runs)
+        publish(setting, args.runs)
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(cli.guarded(main))

@@ -1,7 +1,5 @@
 """WMDP: unlearn, noise, distill and attack a pretrained model. Section 6, Appendix D.2, Figures 8 and 11.
 
-    uv run run_wmdp.py wmdp_bio [model=HUB_ID_OR_FOLDER] [stage.key=value ...] [--stage STAGE] [--dry-run]
-
     prepare   data, and the model: fetched, or in wmdp_small pretrained
     search    unlearning over alpha and learning rates on one seed, and the choice of three points a method; a run that
               diverges is left out of it
@@ -16,25 +14,28 @@ Without --stage all of them, in this order; the search only where the setting's 
 """
 
 import argparse
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
 from omegaconf import OmegaConf
 
-import run_all
-import run_figures
-from run_unlearn import Unlearn
-from undo import cli
-from undo.config import ConfigError, parse_overrides, read_yaml
-from undo.experiment import PlannedRun, find_configs, plan, searches, select, sources
-from undo.results import Result
-from undo.run import write_atomically
-from undo.selection import FILE, Point, across_the_frontier, as_raw
-from undo.tables import hyperparameters
+from undo.config.files import write_atomically
+from undo.config.mistakes import ConfigError
+from undo.config.sweep import parse_overrides, read_yaml
+from undo.experiments import cli
+from undo.experiments.choose import select
+from undo.experiments.hyperparameters import hyperparameters
+from undo.experiments.plan import PlannedRun, find_configs, plan, sources
+from undo.experiments.points import FILE, searches
+from undo.results.results import Result
+from undo.results.selection import Point, across_the_frontier, as_raw
+from undo.settings.publish import publish
+from undo.settings.stages import STAGES
+from undo.settings.whole import planned_in, route
+from undo.unlearn.stage import Unlearn
 
-STAGES: Final = {
+PARTS: Final = {
     "prepare": ("prepare", "base", "pretrain"),
     "search": ("prepare", "base", "pretrain"),  # and unlearn_search.yaml
     "unlearn": ("unlearn",),
@@ -59,14 +60,14 @@ def with_model(overrides: list[str], folder: Path) -> list[str]:
 def search(args: argparse.Namespace, folder: Path) -> list[PlannedRun]:
     """All runs that the points are chosen from, and what they stand on: --only and --with do not change the search."""
     everything = argparse.Namespace(**{**vars(args), "only": None, "extra": []})
-    before, _ = run_all.planned_in(folder, everything, STAGES["search"], BASE)
-    overrides = run_all.route(parse_overrides(args.overrides))["unlearn"]
+    before, _ = planned_in(folder, everything, PARTS["search"], BASE)
+    overrides = route(parse_overrides(args.overrides))["unlearn"]
     # the points are chosen on the search's own seed, and serve all seeds
     overrides = {key: value for key, value in overrides.items() if key not in ("points", "seed", "sweep.seed")}
     found = [path for path in sources(folder, "unlearn") if path.stem == SEARCH]
     if not found:
         raise ConfigError(f"{folder} has no {SEARCH}.yaml: there is nothing to choose the points from")
-    return [*before, *plan(run_all.STAGES["unlearn"], found, overrides, args.runs)]
+    return [*before, *plan(STAGES["unlearn"], found, overrides, args.runs)]
 
 
 def search_first(args: argparse.Namespace, folder: Path, stages: Collection[str]) -> tuple[int, list[str], bool]:
@@ -78,11 +79,11 @@ def search_first(args: argparse.Namespace, folder: Path, stages: Collection[str]
     every = part = search(args, folder)
     last = args.stage == "search"
     if not last:
-        then, _ = run_all.planned_in(folder, args, stages, BASE, stand_ins=True)
+        then, _ = planned_in(folder, args, stages, BASE, stand_ins=True)
         last = {run.name for run in then} <= {run.name for run in every}  # --only wants nothing behind the points
     if last:
         part = select(every, args.only, with_parents=True)
-    status, names = cli.launch(args, lambda args: (part, folder)), [run.name for run in part]
+    status, names = cli.launch(args, lambda args: (part, folder), STAGES), [run.name for run in part]
     if args.dry_run or status == 130 or any(not run.directory.done and not diverged(run) for run in part):
         return status, names, last
     if not any(isinstance(run.config, Unlearn) for run in part):  # --only wants data, or the model
@@ -132,20 +133,20 @@ def _point(result: Result) -> Point:
 
 def main() -> int:
     parser = cli.parser("WMDP, from a pretrained model to Figures 8 and 11.")
-    parser.add_argument("--stage", choices=[*STAGES, "figures"], help="only this one; the runs before it must be done")
+    parser.add_argument("--stage", choices=[*PARTS, "figures"], help="only this one; the runs before it must be done")
     parser.add_argument("--tables", action="store_true", help="print the setting's hyper-parameters, and do nothing")
     args = parser.parse_intermixed_args()
     folder = find_configs(args.config, "unlearn")[0].parent
     args.overrides = with_model(args.overrides, folder)
     if args.tables:
-        print(hyperparameters(folder, run_all.STAGES), end="")
+        print(hyperparameters(folder, STAGES), end="")
         return 0
     setting = folder.resolve().name
     if args.stage == "figures":
-        run_figures.publish(setting, args.runs)
+        publish(setting, args.runs)
         return 0
-    stages = STAGES[args.stage] if args.stage else [name for names in STAGES.values() for name in names]
-    overrides, made = run_all.route(parse_overrides(args.overrides))["unlearn"], list[str]()
+    stages = PARTS[args.stage] if args.stage else [name for names in PARTS.values() for name in names]
+    overrides, made = route(parse_overrides(args.overrides))["unlearn"], list[str]()
     searched = searches(read_yaml(folder / "unlearn.yaml"), overrides)
     if args.stage == "search" or (args.stage is None and searched):
         status, made, last = search_first(args, folder, stages)
@@ -154,11 +155,7 @@ def main() -> int:
         if args.dry_run and not (args.runs / setting / FILE).exists():
             print("unlearn, undo and relearn: their runs are known when the points are chosen from these")
             return 0
-    status = cli.launch(args, lambda args: run_all.planned_in(folder, args, stages, BASE), kept=made)
+    status = cli.launch(args, lambda args: planned_in(folder, args, stages, BASE), STAGES, kept=made)
     if args.stage is None and not args.dry_run and status != 130:
-        run_figures.publish(setting, args.runs)
+        publish(setting, args.runs)
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(cli.guarded(main))

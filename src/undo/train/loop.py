@@ -7,27 +7,28 @@ the whole batch. Evaluation stands at the top of the step, so initial, periodic 
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from undo import ranks, shard
-from undo.config import ConfigError, Training
+from undo.config.mistakes import ConfigError
+from undo.config.schema import Training
+from undo.data.stream import MixedStream
 from undo.evaluate.evaluator import Measured
-from undo.ranks import this_process
-from undo.run import Diverged, Interrupted, Run
-from undo.tokens import Batch, MixedStream
+from undo.runs import ranks
+from undo.runs.directory import Diverged, Interrupted
+from undo.runs.ranks import this_process
+from undo.runs.run import Run
+from undo.train import shard
+from undo.train.gradient import BatchGradient, Objective, Step, plain
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
+    pass
 
-Objective = Callable[[Batch], dict[str, Tensor]]  # named, already weighted terms; the loss is their sum
-Terms = dict[str, Tensor]  # their values, of a whole batch
-Gradients = Sequence[Tensor | None]  # one for each trained weight, None where the terms do not depend on it
 Evaluate = Callable[[int, bool], Measured]  # of a step, and whether on the whole validation set
 Stop = Callable[[Mapping[str, float]], bool]
 
@@ -41,30 +42,6 @@ class Outcome:
     evaluation_tokens: int
     evaluation: dict[str, float]
     tokens_per_second: float | None = field(default=None, compare=False)  # of all devices, evaluation left out
-
-
-class Gradient(Protocol):
-    """The gradient of the sum of the named terms (None: all) on the step's whole batch, at the weights as they are.
-
-    Exact over micro-batches and devices; may be asked any number of times in a step. `progress` is how much of the
-    training is done, from 0 to 1; `weights` are those that are trained.
-    """
-
-    @property
-    def weights(self) -> Sequence[nn.Parameter]: ...
-
-    @property
-    def progress(self) -> float: ...
-
-    def __call__(self, names: Collection[str] | None = None) -> tuple[Terms, Gradients]: ...
-
-
-Step = Callable[[Gradient], tuple[Terms, Gradients]]  # what the optimiser takes as the gradient, and what is recorded
-
-
-def plain(gradient: Gradient) -> tuple[Terms, Gradients]:
-    """The gradient of the loss."""
-    return gradient()
 
 
 def learning_rate(cfg: Training, step: int) -> float:
@@ -194,45 +171,6 @@ def _evaluate(evaluate: Evaluate, cfg: Training, done: "_Progress", autocast: to
             if full or not reached:
                 return reached
             full = True
-
-
-@dataclass(frozen=True)
-class BatchGradient:
-    """Gradient, by backward passes over the micro-batches of this process's part of the batch."""
-
-    objective: Objective
-    batch: Batch
-    weights: Sequence[nn.Parameter]
-    progress: float
-    micro_rows: int | None
-    devices: "PartialState"
-    autocast: torch.autocast
-
-    def __call__(self, names: Collection[str] | None = None) -> tuple[Terms, Gradients]:
-        terms: Terms = {}
-        mine = [t.rows(self.devices.process_index, step=self.devices.num_processes) for t in self.batch.values()]
-        for parts in zip(*(tokens.micro_batches(self.micro_rows) for tokens in mine), strict=True):
-            with self.autocast:
-                part = self.objective({n: t.to(self.devices.device) for n, t in zip(self.batch, parts, strict=True)})
-            wanted = [value for name, value in part.items() if names is None or name in names]
-            if wanted:
-                torch.stack(wanted).sum().backward()
-            for name, value in part.items():
-                terms[name] = terms.get(name, 0) + value.detach()
-        gradients: Gradients = [weight.grad for weight in self.weights]
-        for weight in self.weights:
-            weight.grad = None
-        own = (
-            g for g in gradients if g is not None and not isinstance(g, DTensor)
-        )  # what is divided is summed already
-        _add_up_over_devices([*terms.values(), *own], self.devices)
-        return terms, gradients
-
-
-def _add_up_over_devices(parts: Iterable[Tensor], devices: "PartialState") -> None:
-    if devices.num_processes > 1:
-        for part in parts:
-            torch.distributed.all_reduce(part)
 
 
 # --- the loop's state, as tensors and a few numbers ----------------------------------------------------------------

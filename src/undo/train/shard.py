@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from undo import ranks
-from undo.models import blocks
+from undo.lm.read import blocks
+from undo.runs import ranks
 
 
 def divide(model: PreTrainedModel) -> None:

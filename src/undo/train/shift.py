@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from undo.train import Gradients
+    from undo.train.gradient import Gradients
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def to_length(gradients: "Gradients", length: float) -> Iterator[Tensor | None]:
 
 def global_norm(gradients: "Gradients") -> Tensor:
     """Over all weights together; 0 where there is none. Scalar."""
-    from undo import shard
+    from undo.train import shard
 
     found = [g for g in gradients if g is not None]
     return shard.norm(found) if found else torch.zeros(())

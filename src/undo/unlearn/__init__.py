@@ -4,14 +4,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from undo.methods.graddiff import GradDiff
-from undo.methods.maxent import MaxEnt
-from undo.methods.npo import NPO, SimNPO
-from undo.methods.repnoise import RepNoise
-from undo.methods.rmu import RMU
-from undo.methods.sam import SAM, Smoothing
-from undo.methods.uam import UAM
-from undo.methods.undial import UNDIAL
+from undo.unlearn.graddiff import GradDiff
+from undo.unlearn.maxent import MaxEnt
+from undo.unlearn.npo import NPO, SimNPO
+from undo.unlearn.repnoise import RepNoise
+from undo.unlearn.rmu import RMU
+from undo.unlearn.sam import SAM, Smoothing
+from undo.unlearn.uam import UAM
+from undo.unlearn.undial import UNDIAL
 
 UnlearningMethod = Annotated[
     GradDiff | MaxEnt | RMU | UNDIAL | NPO | SimNPO | SAM | Smoothing | RepNoise | UAM, Field(discriminator="name")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from undo.tokens import Tokens
+from undo.lm.tokens import Tokens
 
 
 def noise_distance(activations: Sequence[Tensor], tokens: Tokens, sample: int, seed: int) -> Tensor:

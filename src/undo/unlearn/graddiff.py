@@ -1,6 +1,6 @@
 from typing import ClassVar, Literal
 
-from undo.methods.method import Weighted
+from undo.unlearn.method import Weighted
 
 
 class GradDiff(Weighted):

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import nn
 
-from undo import shard
-from undo.config import ConfigError
+from undo.config.mistakes import ConfigError
+from undo.data.store import TokenStore
 from undo.losses import cross_entropy
-from undo.methods.method import Method
-from undo.methods.shift import global_norm
-from undo.run import RunDirectory
-from undo.tokens import TokenStore
-from undo.train import Gradient
+from undo.runs.directory import RunDirectory
+from undo.train import shard
+from undo.train.gradient import Gradient
+from undo.train.shift import global_norm
+from undo.unlearn.method import Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,7 +1,7 @@
 from typing import ClassVar, Literal
 
-from undo.methods.method import Weighted
-from undo.shape import Shape
+from undo.lm.shape import Shape
+from undo.unlearn.method import Weighted
 
 
 class MaxEnt(Weighted):

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from undo.config import Frozen, NonNegative
-from undo.shape import Shape
+from undo.config.schema import Frozen, NonNegative
+from undo.lm.shape import Shape
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from undo.train import Gradient, Gradients, Objective, Terms
+    from undo.train.gradient import Gradient, Gradients, Objective, Terms
 
 
 class Method(Frozen):

@@ -1,8 +1,8 @@
 from typing import ClassVar, Literal
 
-from undo.config import NonNegative, Positive
-from undo.methods.method import Method
-from undo.shape import Shape
+from undo.config.schema import NonNegative, Positive
+from undo.lm.shape import Shape
+from undo.unlearn.method import Method
 
 
 class NPO(Method):
@@ -25,8 +25,8 @@ class NPO(Method):
     def objective(self, model, reference, rng):
         from torch.nn.functional import logsigmoid
 
+        from undo.lm.read import head, hidden_states
         from undo.losses import cross_entropy, document_losses, of_documents
-        from undo.models import head, hidden_states
 
         assert reference is not None
 
@@ -70,8 +70,8 @@ class SimNPO(Method):
     def objective(self, model, reference, rng):
         from torch.nn.functional import logsigmoid
 
+        from undo.lm.read import head, hidden_states
         from undo.losses import cross_entropy, of_documents
-        from undo.models import head, hidden_states
 
         def terms(batch):
             forget = batch["forget"]

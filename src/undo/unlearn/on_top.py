@@ -4,12 +4,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from undo.methods.graddiff import GradDiff
-from undo.methods.maxent import MaxEnt
-from undo.methods.method import Method
-from undo.methods.npo import NPO, SimNPO
-from undo.methods.rmu import RMU
-from undo.methods.undial import UNDIAL
+from undo.unlearn.graddiff import GradDiff
+from undo.unlearn.maxent import MaxEnt
+from undo.unlearn.method import Method
+from undo.unlearn.npo import NPO, SimNPO
+from undo.unlearn.rmu import RMU
+from undo.unlearn.undial import UNDIAL
 
 BaseMethod = Annotated[GradDiff | MaxEnt | RMU | UNDIAL | NPO | SimNPO, Field(discriminator="name")]
 

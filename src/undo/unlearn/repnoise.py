@@ -1,8 +1,8 @@
 from typing import ClassVar, Literal
 
-from undo.config import Count, NonNegative
-from undo.methods.on_top import OnTop
-from undo.shape import Shape
+from undo.config.schema import Count, NonNegative
+from undo.lm.shape import Shape
+from undo.unlearn.on_top import OnTop
 
 
 class RepNoise(OnTop):
@@ -43,9 +43,9 @@ class RepNoise(OnTop):
     def objective(self, model, reference, rng):
         import torch
 
+        from undo.lm.read import final_norm, head, recorded
         from undo.losses import of_documents
-        from undo.methods.discrepancy import noise_distance
-        from undo.models import final_norm, head, recorded
+        from undo.unlearn.discrepancy import noise_distance
 
         base = self.base.objective(model, reference, rng)
         norm = final_norm(model)

@@ -1,7 +1,7 @@
 from typing import ClassVar, Final, Literal
 
-from undo.config import NonNegative, Positive
-from undo.methods.method import OnBlocks, Weighted
+from undo.config.schema import NonNegative, Positive
+from undo.unlearn.method import OnBlocks, Weighted
 
 LANGUAGE: Final = {"layer": 11, "trained_layers": [5, 6, 7, 8, 9, 10, 11], "c": 6.5, "alpha": 1200.0}  # Table 5, D.1
 
@@ -57,8 +57,8 @@ class RMU(Weighted, OnBlocks):
     def objective(self, model, reference, rng):
         import torch
 
+        from undo.lm.read import hidden_states
         from undo.losses import activation_mse
-        from undo.models import hidden_states
 
         assert reference is not None
         draw = torch.randn if self.direction == "normal" else torch.rand

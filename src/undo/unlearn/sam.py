@@ -1,8 +1,8 @@
 from typing import ClassVar, Literal
 
-from undo.config import Count, NonNegative, Positive
-from undo.methods.on_top import OnTop
-from undo.shape import Shape
+from undo.config.schema import Count, NonNegative, Positive
+from undo.lm.shape import Shape
+from undo.unlearn.on_top import OnTop
 
 
 class SAM(OnTop):
@@ -34,7 +34,7 @@ class SAM(OnTop):
         return 8 if self.ascent == "forget" else 4  # forget: the sharp gradient and the sum; total: the weights' copy
 
     def step(self, gradient, rng):
-        from undo.methods.shift import add, shifted, to_length
+        from undo.train.shift import add, shifted, to_length
 
         names = self.base.forget_terms if self.ascent == "forget" else None
         terms, ascent = gradient(names)
@@ -68,7 +68,7 @@ class Smoothing(OnTop):
     def step(self, gradient, rng):
         import torch
 
-        from undo.methods.shift import add, shifted
+        from undo.train.shift import add, shifted
 
         names, terms = self.base.forget_terms, {}
         smooth = [None] * len(gradient.weights)

@@ -1,23 +1,22 @@
-"""Unlearn: suppress the forget role in a reference model. Section 4, Appendix B.1, Table 5; methods in undo/methods.
-
-uv run run_unlearn.py demo [key=value ...] [--only GLOB] [--dry-run] [--force] [--runs DIR]
-"""
+"""The stage `unlearn`: suppress the forget role in a reference model. Section 4, Appendix B.1, Table 5."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from undo import cli
-from undo.config import ConfigError, Mixture, RunName
-from undo.methods import UnlearningMethod
-from undo.methods.method import Method
-from undo.run import Run
-from undo.shape import Shape
-from undo.stage import Stage, TrainingStage, fit, generator, keep, load_parent, open_store, require_memory
+from undo.config.mistakes import ConfigError
+from undo.config.schema import Mixture, RunName
+from undo.lm.shape import Shape
+from undo.runs.run import Run
+from undo.train.fit import fit
+from undo.train.parents import generator, keep, load_parent, open_store, require_memory
+from undo.train.stage import Stage, TrainingStage
+from undo.unlearn import UnlearningMethod
+from undo.unlearn.method import Method
 
 if TYPE_CHECKING:
-    from undo.train import Gradient, Gradients, Terms
+    from undo.train.gradient import Gradient, Gradients, Terms
 
 
 class Unlearn(TrainingStage):
@@ -49,8 +48,8 @@ class Unlearn(TrainingStage):
 
 
 def unlearn(cfg: Unlearn, run: Run) -> None:
-    from undo import health
-    from undo.models import freeze
+    from undo.lm.place import freeze
+    from undo.unlearn import health
 
     if cfg.method.needs_pairs and not open_store(run.sibling(cfg.data), "forget").paired:
         raise ConfigError(
@@ -77,7 +76,4 @@ def unlearn(cfg: Unlearn, run: Run) -> None:
     run.finish(**facts, health=found)
 
 
-STAGE = Stage("unlearn", Unlearn, unlearn, (__file__,))
-
-if __name__ == "__main__":
-    cli.main(STAGE)
+STAGE = Stage("unlearn", Unlearn, unlearn, __name__, "Unlearning (Tables 5, 9 and 10, B.1, D.1)")

@@ -2,9 +2,9 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from undo.config import NonNegative, Positive
-from undo.methods.method import Method, OnBlocks
-from undo.shape import Shape
+from undo.config.schema import NonNegative, Positive
+from undo.lm.shape import Shape
+from undo.unlearn.method import Method, OnBlocks
 
 
 class UAM(Method):
@@ -68,8 +68,8 @@ class UAM(Method):
     def objective(self, model, reference, rng):
         import torch
 
+        from undo.lm.read import hidden_states
         from undo.losses import activation_mse, cross_entropy
-        from undo.models import hidden_states
 
         if self.loss == "cross_entropy":
             return lambda batch: {role: cross_entropy(model, batch[role]) for role in ("forget", "retain")}
@@ -90,7 +90,7 @@ class UAM(Method):
 
         import torch
 
-        from undo.methods.shift import add, dot, shifted, to_length
+        from undo.train.shift import add, dot, shifted, to_length
 
         rho = self.rho * (1 if self.schedule == "constant" else (1 + math.cos(math.pi * gradient.progress)) / 2)
         terms, forget = gradient(["forget"])

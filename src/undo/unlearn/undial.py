@@ -1,8 +1,8 @@
 from typing import ClassVar, Literal
 
-from undo.config import NonNegative, Positive
-from undo.methods.method import Method
-from undo.shape import Shape
+from undo.config.schema import NonNegative, Positive
+from undo.lm.shape import Shape
+from undo.unlearn.method import Method
 
 
 class UNDIAL(Method):

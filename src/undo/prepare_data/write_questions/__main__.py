@@ -1,13 +1,7 @@
+"""`python -m undo.prepare_data.write_questions`: see extraction.py."""
+
 import sys
 
-from undo import cli
+from undo.prepare_data.write_questions.extraction import main
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["wmdp-qa"]:
-        from undo.prepare_data.extraction import main
-
-        sys.exit(main(sys.argv[2:]))
-
-    from undo.prepare_data.prepare import STAGE
-
-    cli.main(STAGE)
+sys.exit(main(sys.argv[1:]))

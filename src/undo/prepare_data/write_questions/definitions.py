@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from undo.prepare_data.questions import REFERENCE, Question, words
+from undo.prepare_data.write_questions.questions import REFERENCE, Question, words
 
 _END = re.compile(r"(?<=[.!?])[\"”’)]?\s+(?=[\"“(]?[A-Z])")
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|Dr|Mr|Ms|St|No|Fig|Inc|approx|sp|spp|ca)|\b[A-Z])\.$")

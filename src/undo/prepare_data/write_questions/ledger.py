@@ -13,11 +13,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
-from undo.config import ConfigError, Frozen, Raw, as_raw, differences
-from undo.prepare_data.passages import Passage
-from undo.prepare_data.questions import Filter, Question
-from undo.prepare_data.writers import Usage
-from undo.run import write_atomically
+from undo.config.files import write_atomically
+from undo.config.mistakes import ConfigError
+from undo.config.schema import Frozen, Raw, as_raw, differences
+from undo.prepare_data.write_questions.passages import Passage
+from undo.prepare_data.write_questions.questions import Filter, Question
+from undo.prepare_data.write_questions.writers import Usage
 
 
 class Settings(Frozen):

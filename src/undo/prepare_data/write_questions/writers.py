@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, Self
 
 from pydantic import BaseModel, ValidationError
 
-from undo.config import ConfigError
+from undo.config.mistakes import ConfigError
 
 if TYPE_CHECKING:
     import httpx2
@@ -253,7 +253,7 @@ class LocalModel:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from undo.tracking import find_token
+        from undo.config.secrets import find_token
 
         token = find_token("hf_token.txt", "HF_TOKEN")
         try:

@@ -4,21 +4,21 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from undo.config import ConfigError
-from undo.figures.compute import robustness_against_compute
-from undo.figures.distillation import distillation_trends
-from undo.figures.matching import oracle_matching
-from undo.figures.missing import Missing
-from undo.figures.noise import noise_grid
-from undo.figures.relearning import average_relearning_curves, relearning_curves
-from undo.figures.tradeoff import retain_against_forget
-from undo.figures.unlearning import unlearning_tradeoff
-from undo.figures.wmdp import relearning_of_wmdp
+from undo.config.mistakes import ConfigError
+from undo.report.figures.compute import robustness_against_compute
+from undo.report.figures.distillation import distillation_trends
+from undo.report.figures.matching import oracle_matching
+from undo.report.figures.missing import Missing
+from undo.report.figures.noise import noise_grid
+from undo.report.figures.relearning import average_relearning_curves, relearning_curves
+from undo.report.figures.tradeoff import retain_against_forget
+from undo.report.figures.unlearning import unlearning_tradeoff
+from undo.report.figures.wmdp import relearning_of_wmdp
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from undo.results import Results
+    from undo.results.results import Results
 
 FIGURES: Final[dict[str, Callable[["Results"], "Figure | Missing"]]] = {
     "fig2": oracle_matching,
@@ -40,13 +40,13 @@ def figures_of(results: "Results") -> list[str]:
     return [name for name in FIGURES if (name in WMDP) == results.is_wmdp]
 
 
-def draw(names: Iterable[str], results: "Results", folder: Path) -> tuple[list[Path], list[str]]:
-    """Write the named figures as PDF and PNG -> the PNGs, and a line for each figure that lacks something."""
-    drawn, missing = [], []
+def draw(names: Iterable[str], results: "Results", folder: Path) -> tuple[list[Path], dict[str, Missing]]:
+    """Write the named figures as PDF and PNG -> the PNGs, and what each of the others lacks."""
+    drawn, missing = list[Path](), dict[str, Missing]()
     for name in names:
         figure = FIGURES[name](results)
         if isinstance(figure, Missing):
-            missing.append(f"{name}: not drawn: {figure.explain(results.setting)}")
+            missing[name] = figure
             continue
         try:
             folder.mkdir(parents=True, exist_ok=True)

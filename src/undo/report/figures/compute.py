@@ -3,9 +3,9 @@
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
-from undo.figures.missing import Missing
-from undo.figures.relearning import alpha_of, curves, legend
-from undo.results import Attacked, Results
+from undo.report.figures.missing import Missing
+from undo.report.figures.relearning import alpha_of, curves, legend
+from undo.results.results import Attacked, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ def robustness_against_compute(results: Results) -> "Figure | Missing":
 
     Compute is S_student / S_oracle, S = training steps. Curves are those of the first seed.
     """
-    from undo.figures.style import color_of, panels
+    from undo.report.figures.style import color_of, panels
 
     groups: dict[str, list[Attacked]] = {}
     for attacked in results.attacked:
@@ -54,7 +54,7 @@ def robustness_against_compute(results: Results) -> "Figure | Missing":
 
 
 def _scaling(axis: "Axes", results: Results, groups: list[list[Attacked]]) -> None:
-    from undo.figures.style import INK, color_of
+    from undo.report.figures.style import INK, color_of
 
     points = []
     for members in groups:

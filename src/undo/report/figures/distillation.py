@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from undo.figures.missing import Missing
-from undo.figures.relearning import legend
-from undo.figures.unlearning import NAMES as METHODS
-from undo.results import Results
+from undo.report.figures.missing import Missing
+from undo.report.figures.relearning import legend
+from undo.report.figures.unlearning import NAMES as METHODS
+from undo.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ def distillation_trends(results: Results) -> "Figure | Missing":
 
     With several seeds, the first one is drawn.
     """
-    from undo.figures.style import COLORS, panels
+    from undo.report.figures.style import COLORS, panels
 
     runs = [run for run in results.of("distill") if run.config["variant"].startswith("distilled")]
     if not runs:

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Final
 
-from undo.figures.missing import Missing
-from undo.results import Results
+from undo.report.figures.missing import Missing
+from undo.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ def oracle_matching(results: Results) -> "Figure | Missing":
 
     With several seeds, the first one is drawn.
     """
-    from undo.figures.style import panels
+    from undo.report.figures.style import panels
 
     found = [a for a in results.attacked if a.label in NAMES]
     students = [a for a in found if a.label != "oracle"]

@@ -3,8 +3,8 @@
 from statistics import median
 from typing import TYPE_CHECKING
 
-from undo.figures.missing import Missing
-from undo.results import Attacked, Result, Results
+from undo.report.figures.missing import Missing
+from undo.results.results import Attacked, Result, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ def noise_grid(results: Results) -> "Figure | Missing":
     The matrix holds distillation steps until the student was within 5 % of the teacher, medians over seeds. Curves are
     those of the first seed.
     """
-    from undo.figures.style import INK, panels, shade
+    from undo.report.figures.style import INK, panels, shade
 
     def point(run: Result) -> tuple[float, float]:
         return run.config["noise"]["alpha"], run.config["noise"]["beta"]

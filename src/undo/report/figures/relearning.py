@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from undo.figures.missing import Missing
-from undo.figures.unlearning import NAMES as METHODS
-from undo.results import Attacked, Results
+from undo.report.figures.missing import Missing
+from undo.report.figures.unlearning import NAMES as METHODS
+from undo.results.results import Attacked, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ def _panels(results: Results, bold: Summary) -> "Figure | Missing":
 
     With several seeds, the first one is drawn. A cross entropy axis ends above where the oracle starts.
     """
-    from undo.figures.style import panels
+    from undo.report.figures.style import panels
 
     students = [a for a in results.attacked if a.label.startswith("distilled")]
     if not students:

@@ -3,9 +3,9 @@
 from statistics import median
 from typing import TYPE_CHECKING
 
-from undo.figures.missing import Missing
-from undo.figures.relearning import alpha_of, describe
-from undo.results import Attacked, Results
+from undo.report.figures.missing import Missing
+from undo.report.figures.relearning import alpha_of, describe
+from undo.results.results import Attacked, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,8 +18,8 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
     range, the line is the Pareto front; reference and oracle are shown, and take no part in it. UNDO is shown as in
     Section 6: alpha = 0.6, beta = 0.1, over its retain thresholds.
     """
-    from undo.figures.style import INK, color_of, panels
-    from undo.results import pareto_front
+    from undo.report.figures.style import INK, color_of, panels
+    from undo.results.frontier import pareto_front
 
     if not results.compared:
         return Missing("an attacked model that something was unlearned in", "relearn/unlearned*")
@@ -57,7 +57,7 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
 
 def _marker(attacked: Attacked) -> str:
     """A star for models that nothing was unlearned in, a triangle for other thresholds, its own for a baseline."""
-    from undo.figures.style import BASELINES, MARKS
+    from undo.report.figures.style import BASELINES, MARKS
 
     kind = attacked.label.partition("_")[0]
     if kind in BASELINES:

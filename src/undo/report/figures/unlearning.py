@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Final
 
-from undo.figures.missing import Missing
-from undo.results import Result, Results
+from undo.report.figures.missing import Missing
+from undo.results.results import Result, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def unlearning_tradeoff(results: Results) -> "Figure | Missing":
     The rates stand above the panel, from light to dark; thick: the one whose model the later stages start from. With
     several seeds, the first one is drawn.
     """
-    from undo.figures.style import COLORS, panels
+    from undo.report.figures.style import COLORS, panels
 
     runs = [
         r for r in results.of("unlearn") if r.config["method"]["name"] in SHOWN and "_wide" not in r.config["variant"]

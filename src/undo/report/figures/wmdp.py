@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from undo.figures.missing import Missing
-from undo.figures.relearning import describe
-from undo.figures.unlearning import NAMES as METHODS
-from undo.results import Attacked, Curve, Results
+from undo.report.figures.missing import Missing
+from undo.report.figures.relearning import describe
+from undo.report.figures.unlearning import NAMES as METHODS
+from undo.results.results import Attacked, Curve, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ def relearning_of_wmdp(results: Results) -> "Figure | Missing":
 
     Bold: the adversary that gets furthest by the last step. Dashed: the model before anything was unlearned.
     """
-    from undo.figures.style import INK, color_of, panels
+    from undo.report.figures.style import INK, color_of, panels
 
     groups: dict[str, list[Attacked]] = {}
     for attacked in results.attacked:

@@ -1,0 +1,5 @@
+"""`python -m undo` is the command `undo`."""
+
+from undo.settings.command import main
+
+main()

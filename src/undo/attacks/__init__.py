@@ -1,0 +1,1 @@
+"""Attacks: whatever tries to bring the forgotten capability back."""

@@ -1,0 +1,15 @@
+"""Where a user's own folders are: beside the code in a checkout, in the working directory for an installed package."""
+
+from pathlib import Path
+from typing import Final
+
+_PACKAGE: Final = Path(__file__).parents[1]
+_ROOT: Final = _PACKAGE.parents[1]
+CHECKOUT: Final = _ROOT if (_ROOT / "pyproject.toml").exists() else None  # None: installed from a wheel
+CONFIGS: Final = (Path("configs"), (CHECKOUT or _PACKAGE) / "configs")  # the user's own, then ours
+TOKENS: Final = (CHECKOUT or Path()) / "tokens"  # secrets; see tokens/README.md
+
+
+def command(name: str) -> str:
+    """How a user calls a stage or a whole setting, by its name: a script of the checkout, or the installed `undo`."""
+    return f"undo {name}" if CHECKOUT is None else f"uv run run_{name}.py"

@@ -1,0 +1,1 @@
+"""Packed documents on disk, mixed by role into batches."""

@@ -1,0 +1,1 @@
+"""Distillation with KL: Unlearn-and-Distill, oracle matching and UNDO."""

@@ -1,0 +1,169 @@
+"""Files of multiple-choice questions: read, checked row by row, and sampled. Imports neither torch nor the harness."""
+
+import glob
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, NamedTuple, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from undo.config.mistakes import ConfigError
+from undo.config.schema import Frozen
+
+LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+FORMATS: Final = (".parquet", ".jsonl", ".json")
+
+
+class Question(NamedTuple):
+    """One row of a benchmark's file. `answer` is an index into `choices`; `subject` is "" where there is none."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    subject: str
+
+
+class Questions(Frozen):
+    """What is asked: a task of the harness (from the hub), or a local file in the benchmark's own columns."""
+
+    task: str | None = None  # a name that the harness knows: mmlu, wmdp_bio, ...
+    path: str | None = None  # a file or a glob, .parquet, .jsonl or .json: question, choices, answer (index), [subject]
+    subject: str | None = None  # of all questions of a file that has no such column; it stands in the prompt
+    subjects: tuple[str, ...] | None = None  # of a file that has more of them: only these
+    shots: Annotated[int, Field(ge=0)] = 0  # solved examples before each question; 0: as the task has it
+    shots_path: str | None = None  # where they come from: the first ones of the question's subject, in order
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of each subject, drawn at random; the authors take the first
+    seed: int = 0  # of that draw
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.task is None) == (self.path is None):
+            raise ValueError("give one of `task` (a name that the harness knows) and `path` (your own file), not both")
+        if self.task is not None and (self.shots_path or self.subject or self.subjects):
+            raise ValueError("`shots_path`, `subject` and `subjects` go with `path`; a task brings its own")
+        if self.path is not None and self.shots > 0 and self.shots_path is None:
+            raise ValueError(f"{self.shots} shots need `shots_path`, the file to take them from")
+        return self
+
+    def check(self) -> None:
+        """Raises ConfigError for whatever is wrong with the files."""
+        if self.path is not None:
+            self.by_subject()
+
+    def by_subject(self) -> dict[str, tuple[list[Question], list[Question]]]:
+        """The sample of the questions, and the shots before each of them, by subject. Only for a `path`."""
+        assert self.path is not None
+        groups = _by_subject(read(self.path, self.subject))
+        if self.subjects is not None:
+            for subject in self.subjects:
+                if subject not in groups:
+                    raise ConfigError(f"{self.path}: holds no question on {subject!r}; it has {', '.join(groups)}")
+            groups = {subject: groups[subject] for subject in self.subjects}
+        shots: dict[str, list[Question]] = {}
+        if self.shots:
+            assert self.shots_path is not None
+            shots = _by_subject(read(self.shots_path, self.subject))
+        for subject in groups:
+            if (found := len(shots.get(subject, ()))) < self.shots:
+                raise ConfigError(
+                    f"{self.shots_path}: holds {found} questions on {subject!r}, fewer than the {self.shots} shots\n"
+                    f"lower `shots`, or give a file with more of them"
+                )
+        return {
+            subject: ([group[i] for i in self.sample(subject, len(group))], shots.get(subject, [])[: self.shots])
+            for subject, group in groups.items()
+        }
+
+    def sample(self, name: str, size: int) -> list[int]:
+        """The sorted indices of a subject's (or task's) share; the same for the same seed, another for each name."""
+        if self.share == 1:
+            return list(range(size))
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        return sorted(rng.choice(size, max(1, round(self.share * size)), replace=False).tolist())
+
+
+def read(pattern: str, subject: str | None = None) -> list[Question]:
+    """All questions of a file, or of the files that a glob matches, in order. `subject` where the file names none.
+
+    Raises ConfigError that names the file, the row (the first is 0) and what is wrong.
+    """
+    files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+    if not files:
+        raise ConfigError(f"{pattern}: no such file; give {', '.join(FORMATS)} with question, choices and answer")
+    questions = []
+    for file in files:
+        rows = _rows(file)
+        if not rows:
+            raise ConfigError(f"{file}: holds no questions")
+        questions += [_question(row, subject or "", f"{file} row {number}") for number, row in enumerate(rows)]
+    return questions
+
+
+def _rows(file: Path) -> list[Any]:
+    if file.suffix not in FORMATS:
+        raise ConfigError(f"{file}: is not one of {', '.join(FORMATS)}")
+    try:
+        if file.suffix == ".parquet":
+            return _parquet(file)
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'is no UTF-8'}") from None
+    if file.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{file}: is no JSON: {error}") from None
+    rows = []
+    for number, line in enumerate(text.split("\n")):  # not splitlines: U+2028 may stand in a question
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except ValueError as error:
+            raise ConfigError(f"{file} line {number + 1}: is no JSON: {error}") from None
+    return rows
+
+
+def _parquet(file: Path) -> list[Any]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(file).read().to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"{file}: is no parquet file, or a damaged one: {str(error).splitlines()[0]}") from None
+
+
+def _question(row: Any, subject: str, where: str) -> Question:
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: is no object with the columns question, choices and answer")
+    for column in ("question", "choices", "answer"):
+        if column not in row:
+            raise ConfigError(f"{where}: has no column {column!r}; it has {', '.join(sorted(map(str, row)))}")
+    question, choices, answer = row["question"], row["choices"], row["answer"]
+    subject = row.get("subject") or subject
+    for column, value in (("question", question), ("subject", subject)):
+        if not isinstance(value, str):
+            raise ConfigError(f"{where}: column {column!r} holds {value!r}, not text")
+    if not question.strip():
+        raise ConfigError(f"{where}: the question is empty")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ConfigError(f"{where}: column 'choices' must be a list of texts, got {choices!r}")
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise ConfigError(f"{where}: has {len(choices)} choices; a question needs 2 to {len(LETTERS)}")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise ConfigError(
+            f"{where}: answer {answer!r} is no index into its {len(choices)} choices (0 to {len(choices) - 1})"
+        )
+    return Question(question, tuple(choices), answer, subject)
+
+
+def _by_subject(questions: Sequence[Question]) -> dict[str, list[Question]]:
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.subject, []).append(question)
+    return groups

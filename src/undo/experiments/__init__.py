@@ -1,0 +1,1 @@
+"""From YAML files to planned runs, checked jobs, and the command line."""

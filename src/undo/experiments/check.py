@@ -1,0 +1,93 @@
+"""From planned runs to jobs: everything that can be wrong is said before a process is started."""
+
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from itertools import groupby
+
+from undo.config.mistakes import ConfigError
+from undo.config.schema import StageConfig
+from undo.config.secrets import check_token
+from undo.experiments import worker
+from undo.experiments.plan import PlannedRun
+from undo.experiments.remedy import command_for
+from undo.launch.devices import check_devices
+from undo.launch.jobs import DeviceShare, Job
+from undo.train.stage import TrainingStage
+
+
+def check(planned: Sequence[PlannedRun], force: bool, kept: Collection[str] = ()) -> None:
+    """Everything that can be known to be wrong before a process is started. Raises ConfigError.
+
+    `force` removes the runs, but for those whose names are in `kept`.
+    """
+    names = {p.name for p in planned}
+    for run in planned:
+        execution = run.config.execution
+        check_devices(share(run.config))
+        if execution.devices > 1 and not isinstance(run.config, TrainingStage):
+            raise ConfigError(f"execution.devices={execution.devices}: {run.name} trains nothing; leave the key out")
+        check_token(run.config)
+        if not run.directory.done:
+            run.config.check()
+        for parent in run.config.parents():
+            if parent not in names and not run.directory.sibling(parent).done:
+                raise ConfigError(
+                    f"{run.name} needs {parent}, which is not done in {run.directory.runs / run.directory.setting}\n"
+                    f"make it with: {command_for(parent, run.directory.setting)}"
+                )
+    for run in planned:
+        if force and run.name not in kept:
+            if run.directory.is_held():
+                raise ConfigError(f"{run.name} is being run by another launcher; --force would destroy its work")
+            run.directory.remove()
+        run.directory.claim(run.config)
+        if run.directory.done and (parent := run.directory.is_stale(run.config)):
+            raise ConfigError(
+                f"{run.name} was made from a {parent} that has since been made anew with other settings\n"
+                f"make it again with: {command_for(run.name, run.directory.setting)} --force"
+            )
+
+
+def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
+    """Runs that are not done, grouped: those of a stage that start from the same models share a process.
+
+    A run on several devices shares none: an error of one rank leaves the others in the middle of a step.
+    """
+    todo = [p for p in planned if not p.directory.done]
+    result = []
+    for _, group in groupby(todo, key=lambda p: (p.stage.name, models(p), p.config.execution)):
+        members = list(group)
+        execution = members[0].config.execution
+        together = execution.runs_per_process if execution.devices == 1 else 1
+        for start in range(0, len(members), together):
+            part = members[start : start + together]
+            result.append(
+                Job(
+                    argv=(sys.executable, *starter(execution.devices), "-m", worker.__name__, part[0].stage.module),
+                    runs=tuple(p.directory for p in part),
+                    waits_for=frozenset(parent for p in part for parent in p.config.parents()),
+                    share=share(part[0].config),
+                )
+            )
+    return result
+
+
+def starter(devices: int) -> tuple[str, ...]:
+    """What stands before a stage's command where it is started once for each device.
+
+    torchrun itself, on a free port. Accelerate's launcher ends in the same code, but reads the user's own defaults
+    (mixed precision, for one) from a file in his home.
+    """
+    if devices == 1:
+        return ()
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices))
+
+
+def share(config: StageConfig) -> DeviceShare:
+    execution = config.execution
+    return DeviceShare(execution.runs_per_gpu, execution.threads, execution.devices)
+
+
+def models(run: PlannedRun) -> tuple[str, ...]:
+    """The parents of a run that are no data."""
+    return tuple(parent for parent in run.config.parents() if not parent.startswith("prepare/"))

@@ -1,0 +1,74 @@
+"""The worker: the process that a job starts. It executes runs of one stage, one after the other.
+
+python -m undo.experiments.worker undo.unlearn.stage RUN...
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from undo.config.mistakes import ConfigError
+from undo.config.schema import validate
+from undo.runs import ranks
+from undo.runs.directory import INTERRUPTED, Interrupted
+from undo.runs.run import Follower, Run
+from undo.train.stage import Stage
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit status of `work` on the stage of the first argument, a module, and the runs' folders behind it."""
+    module, *folders = arguments
+    return work(import_module(module).STAGE, [Path(folder) for folder in folders])
+
+
+def work(stage: Stage, folders: Sequence[Path]) -> int:
+    """Execute runs one after the other. A run that fails is recorded as failed and the next one is taken.
+
+    One of the processes of a run on several devices does the same, but writes only if it is the leader.
+    """
+    Run.stop_on_signals()
+    status = 0
+    for folder in folders:
+        run = Run.at(folder) if ranks.leads() else Follower.at(folder)
+        with run.lock(wait=True):
+            if ranks.of_the_leader(run.done):
+                continue
+            _write_to(run.log, quiet=not run.leads)
+            try:
+                config = validate(stage.schema, run.config, str(folder / "config.yaml"))
+                run.open(config)
+                stage.execute(config, run)
+            except Interrupted:
+                print("interrupted; the same command goes on from here")
+                return INTERRUPTED
+            except Exception as error:
+                if ranks.count() > 1 and run.stop_requested:  # another rank has left already, and so did its connection
+                    print(f"interrupted while waiting for another process: {error}", file=sys.stderr)
+                    return INTERRUPTED
+                traceback.print_exc()
+                run.fail(
+                    f"{type(error).__name__}: {error}".splitlines()[0]
+                    if not isinstance(error, ConfigError)
+                    else str(error)
+                )
+                status = 1
+        if run.stop_requested:
+            return INTERRUPTED
+    return status
+
+
+def _write_to(log: Path, quiet: bool) -> None:
+    """Send this process's output, and that of its libraries, to the log of the run in hand; if quiet, errors only."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(file, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY) if quiet else file, 1)
+    os.close(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

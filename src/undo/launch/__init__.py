@@ -1,0 +1,1 @@
+"""Fan-out: jobs become processes on devices. Nothing here imports torch."""

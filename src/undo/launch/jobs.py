@@ -1,0 +1,57 @@
+"""What the launcher works on: a job, its share of the devices, and who hears of changes.
+
+This is the seam to a cluster. A job is a command line; it may start when the runs it waits for are done, and a run is
+done when its own run.json says so, never when the launcher says so. A backend that submits `job.command` to a queue and
+waits for the same files can take the place of `local.run_jobs`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+from undo.runs.directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process. It executes its runs one after the other; if it dies, only the run in hand is lost."""
+
+    argv: tuple[str, ...]
+    runs: tuple[RunDirectory, ...]
+    waits_for: frozenset[str]  # names of runs of the same setting
+    share: "DeviceShare"
+
+    @property
+    def command(self) -> list[str]:
+        return [*self.argv, *(str(run.folder) for run in self.runs)]
+
+
+@dataclass(frozen=True)
+class DeviceShare:
+    """How much of the machine a job takes: 1 / runs_per_gpu of `devices` GPUs, or `threads` cores for each device where
+    there is none."""
+
+    runs_per_gpu: int = 1
+    threads: int = 1
+    devices: int = 1
+
+
+class Display(Protocol):
+    """Hears of every change of a run's state."""
+
+    def changed(self, run: RunDirectory, state: str, detail: str = "") -> None: ...
+
+
+def most_urgent_first(jobs: Sequence[Job]) -> list[Job]:
+    """By the number of jobs that must still follow one after the other; equals stay in order."""
+    children: dict[str, list[Job]] = {}
+    for job in jobs:
+        for parent in job.waits_for:
+            children.setdefault(parent, []).append(job)
+
+    @cache
+    def generations(job: Job) -> int:
+        return 1 + max((generations(child) for run in job.runs for child in children.get(run.name, [])), default=0)
+
+    return sorted(jobs, key=generations, reverse=True)

@@ -1,0 +1,1 @@
+"""A causal language model as this project reads it: its input, its hidden states, its head, its size."""

@@ -1,0 +1,1 @@
+"""Results become figures, claims, tables and one page."""

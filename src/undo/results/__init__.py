@@ -1,0 +1,1 @@
+"""Finished runs become arms, curves and one table."""

@@ -1,0 +1,182 @@
+"""The run directory: what a run is (identity), what it says (records), where it stopped (checkpoint), whence (lineage).
+
+runs/<setting>/<stage>/<name>/
+    config.yaml      resolved: exactly what the process reads
+    metrics.jsonl    one JSON object a line, keyed by step; the same bytes whether or not the run was interrupted
+    log.txt          what the process printed
+    checkpoint/      resume state, replaced atomically, gone when the run is done
+    model/           a Hugging Face folder
+    evaluations/     of that model, made once for all runs that start from it
+    failure.json     why the last attempt failed
+    run.json         written last and atomically: its presence means done
+"""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, Self
+
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+
+from undo.config.files import write_atomically
+from undo.config.mistakes import ConfigError
+from undo.config.schema import Raw, StageConfig, as_raw, differences
+from undo.config.sweep import read_yaml
+
+INTERRUPTED: Final = 75  # exit status of a worker that stopped at a checkpoint (EX_TEMPFAIL)
+
+
+class Diverged(Exception):  # noqa: N818  # an outcome, not an error
+    """The loss or the gradient was not finite at this step: a result of an attack, a failure of everything else."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"diverged at step {step}: the loss or its gradient is not finite")
+        self.step = step
+
+
+class Interrupted(Exception):  # noqa: N818
+    """The run was asked to stop, and has saved where it was."""
+
+
+class RunDirectory:
+    """A run as others see it: done or not, its config, its records, its model."""
+
+    def __init__(self, runs: Path, setting: str, name: str) -> None:
+        """`name` is <stage>/<name>."""
+        self.runs, self.setting, self.name = runs, setting, name
+        self.folder = runs / setting / name
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.folder)!r})"
+
+    @classmethod
+    def at(cls, folder: Path) -> Self:
+        return cls(folder.parents[2], folder.parents[1].name, f"{folder.parent.name}/{folder.name}")
+
+    def sibling(self, name: str) -> "RunDirectory":
+        return RunDirectory(self.runs, self.setting, name)
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "run.json").exists()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return json.loads((self.folder / "run.json").read_text())
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last attempt failed, or None."""
+        try:
+            return json.loads((self.folder / "failure.json").read_text())["reason"]
+        except (OSError, ValueError):
+            return None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last attempt failed because its numbers were no longer finite; cli.work names the exception."""
+        return (self.failure or "").startswith(f"{Diverged.__name__}: ")
+
+    @property
+    def config(self) -> Raw:
+        return read_yaml(self.folder / "config.yaml")
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All complete lines of metrics.jsonl; a line that is being written is left out."""
+        try:
+            text = (self.folder / "metrics.jsonl").read_text()
+        except OSError:
+            return
+        for line in text.splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Step -> metrics of the evaluation at that step."""
+        return {r["step"]: r for r in self.records() if "retain" in r or "forget" in r}
+
+    def claim(self, config: StageConfig) -> None:
+        """Make the folder this config's, or find that it is already. Raises ConfigError if it is another's."""
+        wanted = as_raw(config)
+        if (self.folder / "config.yaml").exists():
+            changed = differences(without_execution(_completed(self.config, config)), without_execution(wanted))
+            if changed:
+                more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+                raise ConfigError(
+                    f"{self.folder} exists with another config: {changed[0]}{more}\n"
+                    f"give the run another name, or start it afresh with --force"
+                )
+            if self.done:
+                return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(wanted)))
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs"
+            ) from None
+
+    def identity(self) -> str:
+        """A hash of the config and of all ancestors' identities."""
+        return self.facts["identity"] if self.done else ""
+
+    def is_stale(self, config: StageConfig) -> str | None:
+        """The parent that has been made anew with other settings since this run was done, if there is one."""
+        recorded = self.facts["parents"]
+        for parent in config.parents():
+            if recorded.get(parent) != self.sibling(parent).identity():
+                return parent
+        return None
+
+    def fail(self, reason: str) -> None:
+        """Leave the reason for the launcher, if that is possible: the disk may be what failed."""
+        with suppress(OSError):
+            write_atomically(self.folder / "failure.json", json.dumps({"reason": reason}))
+
+    def forget_failure(self) -> None:
+        (self.folder / "failure.json").unlink(missing_ok=True)
+
+    def is_held(self) -> bool:
+        """Whether a process has the run in hand."""
+        if not self.folder.exists():
+            return False
+        with self.lock(wait=False) as free:
+            return not free
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def lock(self, wait: bool) -> Iterator[bool]:
+        """Hold the run for oneself; yields False at once if another process has it and `wait` is not set."""
+        with open(self.folder / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+def _completed(old: Raw, config: StageConfig) -> Raw:
+    """A config as it was written, with the defaults of keys that did not exist yet: they are what was done then."""
+    try:
+        return as_raw(type(config).model_validate_json(json.dumps(old)))
+    except ValidationError:
+        return old
+
+
+def without_execution(raw: Raw) -> Raw:
+    return {key: value for key, value in raw.items() if key != "execution"}

@@ -1,0 +1,49 @@
+"""Where and with what a run was executed: device, threads, peak memory, versions, git revision."""
+
+import platform
+import resource
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+from undo.config.checkout import CHECKOUT
+from undo.runs import ranks
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what a run was executed. Peak memory is the process's own, earlier runs of it included; of several
+    devices it is the leader's."""
+    device, peak = platform.processor() or platform.machine(), None
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "device": device,
+        "devices": ranks.count(),
+        "threads": torch.get_num_threads() if torch is not None else 1,
+        "peak_rss_bytes": rss,
+        "peak_device_bytes": peak,
+        "git_revision": git_revision(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("undo", "torch", "transformers")},
+    }
+
+
+@cache
+def git_revision() -> str | None:
+    """The revision of this code, with + if files were changed since; None outside a checkout."""
+    if CHECKOUT is None:
+        return None
+    try:
+        git = ["git", "-C", str(CHECKOUT)]
+        revision = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision + ("+" if changed else "")

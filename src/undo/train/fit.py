@@ -1,0 +1,128 @@
+"""From a model and an objective to a finished training run and its facts."""
+
+import fcntl
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from undo.config.files import digest, write_atomically
+from undo.config.mistakes import ConfigError
+from undo.config.schema import RunName, as_raw
+from undo.data.stream import MixedStream
+from undo.evaluate.evaluator import Measured
+from undo.runs import ranks
+from undo.runs.directory import RunDirectory
+from undo.runs.run import Run
+from undo.train.parents import open_stores
+from undo.train.stage import TrainingStage
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from undo.train.gradient import Objective, Step
+    from undo.train.loop import Stop
+
+
+def fit(
+    cfg: TrainingStage,
+    run: Run,
+    model: "PreTrainedModel",
+    objective: "Objective",
+    *,
+    starts_as: RunName | None = None,
+    step: "Step | None" = None,
+    rng: "torch.Generator | None" = None,
+    stop: "Stop | None" = None,
+) -> dict[str, Any]:
+    """Train `model` on the config's streams -> the facts for run.json: steps, tokens, FLOPs, evaluation, seeds.
+
+    `starts_as` names the run whose very model this is: its evaluation is made once for all runs that start from it.
+    """
+    from undo.lm.disk import shape
+    from undo.train import shard
+    from undo.train.gradient import plain
+    from undo.train.loop import train
+
+    data, stores = run.sibling(cfg.data), open_stores(cfg, run)
+    largest = max(store.vocab_size for store in stores.values())
+    if largest > model.config.vocab_size:
+        raise ConfigError(
+            f"{data.folder} has a vocabulary of {largest}, the model only {model.config.vocab_size}\n"
+            f"prepare the data with the model's tokenizer"
+        )
+    training, length = cfg.training, max(store.length for store in stores.values())
+    streams = {
+        name: MixedStream(stores, mixture, training.batch_rows, training.steps, cfg.seed_for("order") + index)
+        for index, (name, mixture) in enumerate(cfg.streams().items())
+    }
+    if cfg.execution.shard == "full":  # now: noise, verification and the choice of weights want them whole
+        shard.divide(model)
+    evaluator = cfg.evaluation.load(run.sibling(cfg.validated_on), model.device)
+
+    def evaluate(step: int, full: bool) -> Measured:
+        if step == 0 and starts_as is not None:
+            return shared_evaluation(run.sibling(starts_as), cfg, lambda: evaluator(model, full))
+        return evaluator(model, full)
+
+    outcome = train(
+        model,
+        objective,
+        streams,
+        training,
+        run,
+        evaluate,
+        step=step or plain,
+        rng=rng,
+        stop=stop or (lambda _: False),
+    )
+    if run.leads:  # for those who start as this model
+        write_atomically(evaluation_file(run, cfg), json.dumps(outcome.evaluation))
+    size = shape(model)
+    return {
+        "steps": outcome.steps,
+        "tokens": outcome.tokens,
+        "tokens_per_second": outcome.tokens_per_second,
+        "flops": cfg.flops_per_token(size, length) * outcome.tokens,
+        "evaluation_flops": size.forward_flops(length) * outcome.evaluation_tokens,
+        "parameters": size.parameters,
+        "evaluation": outcome.evaluation,
+        "seeds": {concern: cfg.seed_for(concern) for concern in ("init", "order", "noise", "objective")},
+    }
+
+
+def shared_evaluation(of: RunDirectory, cfg: TrainingStage, measure: Callable[[], Measured]) -> Measured:
+    """The evaluation of a run's model as `cfg` wants it: read from the run's folder, or made and left there.
+
+    Whoever comes while it is being made waits for it. What was read cost no tokens. The leader looks, waits and writes;
+    measuring is everybody's.
+    """
+    if not ranks.leads():
+        made: Measured | None = ranks.of_the_leader(None)
+        return measure() if made is None else made
+    file = evaluation_file(of, cfg)
+    with open(file.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = Measured(json.loads(file.read_text()), 0) if file.exists() else None
+        ranks.of_the_leader(found)
+        if found is not None:
+            return found
+        measured = measure()
+        write_atomically(file, json.dumps(measured.values))
+    return measured
+
+
+def evaluation_file(of: RunDirectory, cfg: TrainingStage) -> Path:
+    """One for each way to evaluate the run's model: the evaluation, its data, the precision, CPU or GPU."""
+    import torch
+
+    how = [
+        as_raw(cfg.evaluation),
+        of.sibling(cfg.validated_on).identity(),
+        cfg.training.precision,
+        torch.cuda.is_available(),
+    ]
+    folder = of.folder / "evaluations"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{digest(how)}.json"

@@ -1,0 +1,109 @@
+"""What a run takes over from its parents: models, token stores, shapes; and the model it leaves behind."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from undo.config.mistakes import ConfigError
+from undo.config.schema import ROLES, Role, RunName
+from undo.data.store import TokenStore
+from undo.lm.shape import Shape
+from undo.runs.directory import RunDirectory
+from undo.runs.run import Run
+from undo.train.stage import TrainingStage
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen: Sequence[RunName] = ()) -> None:
+    """Raises ConfigError, before any weight is loaded, if training `model` beside the frozen ones cannot fit.
+
+    A run's model is known by its folder's config.json.
+    """
+    from undo.lm import memory
+    from undo.lm.disk import shape, skeleton
+
+    trained = None
+    if isinstance(model, str):
+        empty = skeleton(run.sibling(model).model)
+        trained = sum(weight.numel() for name, weight in empty.named_parameters() if cfg.trains(name))
+        model = shape(empty)
+    available, device = memory.available(cfg.execution.runs_per_gpu, cfg.execution.devices)
+    memory.require(
+        available,
+        model,
+        cfg.training,
+        cfg.execution,
+        max(store.length for store in open_stores(cfg, run).values()),
+        frozen=[shape_of_parent(run, name) for name in frozen],
+        trained=trained,
+        held=cfg.held_per_weight,
+        streams=len(cfg.streams()),
+        device=device,
+    )
+
+
+def open_stores(cfg: TrainingStage, run: Run) -> dict[Role, TokenStore]:
+    """Of all roles that the run trains on."""
+    used = {role for mixture in cfg.streams().values() for role, share in mixture.items() if share > 0}
+    return {role: open_store(run.sibling(cfg.data), role) for role in ROLES if role in used}
+
+
+def open_store(data: RunDirectory, role: Role) -> TokenStore:
+    """Raises ConfigError if the prepare run has no text for the role."""
+    folder = data.folder / "train" / role
+    if not folder.exists():
+        present = ", ".join(sorted(path.name for path in folder.parent.glob("*")))
+        raise ConfigError(f"{data.folder} holds no {role} data; its roles: {present}")
+    return TokenStore(folder)
+
+
+def keep(model: "PreTrainedModel", cfg: TrainingStage, run: Run) -> None:
+    """Save the model beside the tokenizer that its data was made with."""
+    from undo.lm.disk import save
+    from undo.train import shard
+
+    weights = None
+    if cfg.execution.shard == "full":
+        weights = {name: shard.whole(weight) for name, weight in model.state_dict().items()}
+    if run.leads:
+        save(model, run.sibling(cfg.data).folder / "tokenizer", run.model, weights)
+
+
+def load_parent(run: Run, name: str) -> "PreTrainedModel":
+    """The model of another run, on this run's device, in fp32."""
+    from undo.lm.disk import load
+
+    return place(load(run.sibling(name).model), run)
+
+
+def shape_of_parent(run: Run, name: str) -> Shape:
+    """The shape of another run's model, without loading its weights."""
+    from undo.lm.disk import read_shape
+
+    return read_shape(run.sibling(name).model)
+
+
+def fresh_like(run: Run, name: str, seed: int) -> "PreTrainedModel":
+    """A random initialisation of another run's architecture, on this run's device."""
+    from undo.lm.disk import fresh, read_config
+
+    return place(fresh(read_config(run.sibling(name).model), seed), run)
+
+
+def place(model: "PreTrainedModel", run: Run) -> "PreTrainedModel":
+    """The same model, on this process's device, compiled if the run's config says so."""
+    from undo.lm import place as on_device
+    from undo.runs.ranks import this_process
+
+    device, cfg = this_process().device, run.configured
+    assert device is not None
+    assert isinstance(cfg, TrainingStage)
+    return on_device.place(model, device, cfg.compiles(device.type), cfg.execution.gradient_checkpointing)
+
+
+def generator(seed: int) -> "torch.Generator":
+    import torch
+
+    return torch.Generator().manual_seed(seed)
