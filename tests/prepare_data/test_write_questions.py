@@ -797,8 +797,10 @@ def test_numbers_are_checked(corpus, capsys):
 
 
 def test_the_other_commands_of_prepare_data_are_as_they_were_and_torch_stays_out(tmp_path):
-    code = "import sys; from undo.prepare_data.write_questions import options as o; o.parser()\n"
+    code = (
+        "import sys; from undo.prepare_data.write_questions import options as o; o.parser()\n"
         "assert not {'torch', 'httpx2'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     command = [sys.executable, str(ROOT / "run_prepare.py"), "demo", "--dry-run", "--runs", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
