@@ -183,7 +183,7 @@ def stored(run) -> dict[str, bytes]:
 @pytest.mark.parametrize("moment", ["reading", "budget reached", "between the stores"])
 def test_killed_while_it_reads(corpus, tmp_path, monkeypatch, moment):
     """SIGKILL; then only what was not yet written is tokenised, and the stores are those of an undisturbed run."""
-    monkeypatch.setattr(stage, "WINDOW", 20)
+    monkeypatch.setattr("undo.data.store.WINDOW", 20)
     monkeypatch.setattr(stage, "TEXTS_AT_ONCE", 5)
     budget = {"tokens": 6000} if moment == "budget reached" else {}
     data = {role: {"path": str(corpus / f"{role}.jsonl"), **budget} for role in WORDS}
@@ -231,7 +231,7 @@ def test_killed_while_it_reads(corpus, tmp_path, monkeypatch, moment):
 
 
 def test_text_that_changed_between_two_attempts_is_refused(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "WINDOW", 20)
+    monkeypatch.setattr("undo.data.store.WINDOW", 20)
     file = tmp_path / "retain.jsonl"
     lines = (corpus / "retain.jsonl").read_text().splitlines(keepends=True)
     file.write_text("".join([*lines[:80], "{broken\n", *lines[80:]]))

@@ -20,7 +20,8 @@ Raw = dict[str, Any]  # a config before validation: plain YAML values
 class Frozen(BaseModel):
     """Base of every config block: immutable, strict about types, and without room for unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    # built at first use: most commands use few of the blocks
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, defer_build=True)
 
 
 def _is_run_name(name: str) -> str:

@@ -15,18 +15,21 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Raw
 
+if TYPE_CHECKING:
+    pass
+
 
 def read_yaml(path: Path) -> Raw:
     """The file as plain values. Raises ConfigError if it is missing, unreadable, empty or no mapping."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         content = OmegaConf.load(path)
         values = OmegaConf.to_container(content, resolve=True)
@@ -47,6 +50,10 @@ def read_yaml(path: Path) -> Raw:
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """["training.steps=5", ...] -> {"training.steps": 5, ...}, values read as YAML."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     parsed = {}
     for text in overrides:
         key, equals, _ = text.partition("=")

@@ -1,4 +1,6 @@
-"""Numbers as people read them: durations and SI prefixes."""
+"""Numbers and tables as people read them: durations, SI prefixes, aligned columns."""
+
+from collections.abc import Collection, Iterator, Sequence
 
 
 def duration(seconds: float) -> str:
@@ -14,3 +16,14 @@ def si(value: float) -> str:
         if value >= 10**power:
             return f"{value / 10**power:.1f} {prefix}"
     return f"{value:.0f} "
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> Iterator[str]:
+    """Rows of cells as lines, each column as wide as its widest cell. `right`: the columns that are right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "   ".join(cells).rstrip()

@@ -10,18 +10,17 @@ from collections.abc import Iterable, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
-
 from undo.config.mistakes import ConfigError
 from undo.data.problems import Problem
-from undo.data.store import best_fit
 from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured
-from undo.lm.tokens import IGNORE, Tokens, collate
 from undo.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from undo.lm.tokens import Tokens
 
 
 class Accuracy(EvaluationConfig):
@@ -32,6 +31,7 @@ class Accuracy(EvaluationConfig):
     unit: ClassVar[str] = "accuracy"
 
     def load(self, data: RunDirectory, device: "torch.device") -> Evaluator:
+        import numpy as np
         from transformers import AutoTokenizer
 
         lines = (data.folder / "problems.jsonl").read_text().splitlines()
@@ -57,7 +57,7 @@ class Accuracy(EvaluationConfig):
         return measure
 
 
-def summarise(problems: list[Problem], hits: np.ndarray) -> dict[str, float]:
+def summarise(problems: list[Problem], hits: "np.ndarray") -> dict[str, float]:
     """Accuracy by role, by role and form, and on operand pairs that training never saw. hits: bool [problems]."""
     groups: dict[str, list[bool]] = {"retain": [], "forget": []}
     for problem, hit in zip(problems, hits.tolist(), strict=True):
@@ -67,11 +67,13 @@ def summarise(problems: list[Problem], hits: np.ndarray) -> dict[str, float]:
     return {name: sum(group) / len(group) for name, group in groups.items() if group}
 
 
-def encode(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> tuple[np.ndarray, int]:
+def encode(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> "tuple[np.ndarray, int]":
     """Tokens of <bos> prompt answer <eos>, and how many of them are the prompt's.
 
     Raises ConfigError if the tokenizer joins the end of the prompt with the answer: then there is no such number.
     """
+    import numpy as np
+
     prompt, text = tokenizer([problem.prompt, problem.text], add_special_tokens=False)["input_ids"]
     if text[: len(prompt)] != prompt:
         raise ConfigError(
@@ -82,8 +84,13 @@ def encode(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> tuple[np.n
 
 def pack_answers(
     problems: Sequence[Problem], indices: Sequence[int], tokenizer: "PreTrainedTokenizerBase", rows: int
-) -> Iterable[tuple[Tokens, np.ndarray]]:
+) -> "Iterable[tuple[Tokens, np.ndarray]]":
     """Batches of packed problems in which only answer tokens have labels, and for each label its problem's index."""
+    import numpy as np
+
+    from undo.data.store import best_fit
+    from undo.lm.tokens import IGNORE, collate
+
     encoded = [encode(problems[index], tokenizer) for index in indices]
     lengths = np.array([len(ids) for ids, _ in encoded])
     bins = best_fit(lengths, int(lengths.max(initial=0)))
@@ -99,7 +106,7 @@ def pack_answers(
         yield tokens, np.array(owner)
 
 
-def arg_max_hits(model: "PreTrainedModel", tokens: Tokens) -> np.ndarray:
+def arg_max_hits(model: "PreTrainedModel", tokens: "Tokens") -> "np.ndarray":
     """For each label, in order: is it the most likely token? bool [labels]."""
     from undo.lm.read import head, hidden_states
     from undo.losses.linear import most_likely

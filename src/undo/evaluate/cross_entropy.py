@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Count
-from undo.data.store import TokenStore
 from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured
 from undo.evaluate.multiple_choice import MultipleChoice
 from undo.runs.directory import RunDirectory
@@ -32,6 +31,8 @@ class TokenCrossEntropy(EvaluationConfig):
                 raise ConfigError(f"choices.{error}") from None
 
     def load(self, data: RunDirectory, device: "torch.device") -> Evaluator:
+        from undo.data.store import TokenStore
+
         parts = {}  # role -> batches of the subset, batches of the rest
         for role in ("retain", "forget"):
             store = TokenStore(data.folder / "validation" / role)

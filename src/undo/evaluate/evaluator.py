@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
-import numpy as np
-
 from undo.config.schema import Count, Frozen
 from undo.runs.directory import RunDirectory
 
@@ -49,6 +47,8 @@ class EvaluationConfig(Frozen):
 
     def split(self, size: int) -> tuple[Sequence[int], Sequence[int]]:
         """Indices of the subset, evenly spaced over the set, and of the rest: a full evaluation reads both."""
+        import numpy as np
+
         if self.subset is None or self.subset >= size:
             return range(size), ()
         chosen = np.linspace(0, size, self.subset, endpoint=False).astype(int).tolist()

@@ -5,13 +5,15 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Frozen
+
+if TYPE_CHECKING:
+    pass
 
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -81,6 +83,8 @@ class Questions(Frozen):
 
     def sample(self, name: str, size: int) -> list[int]:
         """The sorted indices of a subject's (or task's) share; the same for the same seed, another for each name."""
+        import numpy as np
+
         if self.share == 1:
             return list(range(size))
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])

@@ -1,23 +1,22 @@
 """The one command line of all stages: plan, check, launch, report."""
 
 import argparse
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from undo.config.mistakes import ConfigError
 from undo.config.sweep import parse_overrides
-from undo.config.units import si
+from undo.config.units import aligned, si
 from undo.experiments.check import check, jobs
 from undo.experiments.choose import pick, wanted
 from undo.experiments.costs import Cost, Costs
-from undo.experiments.display import LiveTable
 from undo.experiments.plan import PlannedRun, beside_the_main, find_configs, plan
 from undo.launch.local import run_jobs
 from undo.train.stage import Stage, TrainingStage
+
+if TYPE_CHECKING:
+    pass
 
 EXAMPLE = "example: %(prog)s demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"
 
@@ -75,6 +74,8 @@ def launch(
     kept: Collection[str] = (),
 ) -> int:
     """Plan, check, run, report -> the exit status. `kept`: names of runs that --force leaves as they are."""
+    from undo.experiments.display import LiveTable
+
     runs, configs = planned(args)
     if args.dry_run:
         show(runs, Costs(runs, configs, stages, parse_overrides(args.overrides).get("base.model")))
@@ -90,30 +91,24 @@ def launch(
 
 
 def show(runs: Sequence[PlannedRun], costs: Costs) -> None:
-    """The --dry-run table."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("run", "parents", "state"):
-        table.add_column(column, overflow="fold")
-    for column in ("tokens", "FLOPs", "H200 h"):
-        table.add_column(column, justify="right")
+    """The --dry-run table. Plain text: this is the command that people pipe, grep and run for thousands of runs."""
+    rows: list[tuple[str, ...]] = [("run", "parents", "state", "tokens", "FLOPs", "H200 h")]
     total, unknown = Cost(0, 0.0), 0
     for run in runs:
         cost = costs.of(run)
         if cost is not None:
-            cells = si(cost.tokens), si(cost.flops), f"{cost.h200_hours:.2f}"
+            cells = si(cost.tokens).strip(), si(cost.flops).strip(), f"{cost.h200_hours:.2f}"
             total = Cost(total.tokens + cost.tokens, total.flops + cost.flops)
         else:
             trains = isinstance(run.config, TrainingStage)
             cells = ("-" * trains,) * 3
             unknown += trains
         state = "done" if run.directory.done else "to do"
-        table.add_row(run.name, ", ".join(run.config.parents()), state, *cells)
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(table)
-    console.print(
+        rows.append((run.name, ", ".join(run.config.parents()), state, *cells))
+    print(*aligned(rows, right=(3, 4, 5)), sep="\n")
+    print(
         f"{len(runs)} runs; training at most: {si(total.tokens)}tokens, {si(total.flops)}FLOP, "
         f"{total.h200_hours:.2f} hours of one H200 (modelled, at a quarter of its peak)"
         + f"; without {unknown} run{'s' * (unknown > 1)} of a model whose size is not known before it is fetched"
-        * bool(unknown),
-        highlight=False,
+        * bool(unknown)
     )

@@ -7,16 +7,18 @@ exist, so as in the paper every one of them occurs in training and validation ac
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 
-import numpy as np
 from pydantic import Field
 
 from undo.config.schema import Count, Frozen, Role, Share
 from undo.data.problems import OPERATIONS, Form, Operation, Problem
 from undo.prepare_data import templates
 
-Pairs = np.ndarray  # [n, 2] int64: the operands, in the order in which they are written
+if TYPE_CHECKING:
+    import numpy as np
+
+Pairs: TypeAlias = "np.ndarray"  # [n, 2] int64: the operands, in the order in which they are written
 
 FORMS: Final[tuple[Form, Form]] = ("equation", "word_problem")
 SIGNS: Final[dict[Operation, str]] = {"addition": "+", "subtraction": "-", "multiplication": "*", "division": "/"}
@@ -45,6 +47,8 @@ class ArithmeticWorld(Frozen):
 
         A held-out pair is held out in both orders: who has seen 3 + 4 need not generalise to answer 4 + 3.
         """
+        import numpy as np
+
         largest = self.largest_term if operation in OPERATIONS["retain"] else self.largest_factor
         numbers = range(1, largest + 1)
         every = np.array(list(itertools.product(numbers, numbers)), dtype=np.int64)
@@ -63,6 +67,8 @@ class ArithmeticWorld(Frozen):
 
     def train(self, role: Role) -> Iterator[Problem]:
         """Half of `problems`, in equal parts from the role's two operations and the forms, in turn."""
+        import numpy as np
+
         rng = np.random.default_rng([self.seed, 1, list(OPERATIONS).index(role)])
         cells = list(itertools.product(OPERATIONS[role], self.forms))
         amount = self.problems // (2 * len(cells))
@@ -75,6 +81,8 @@ class ArithmeticWorld(Frozen):
 
     def validation(self, role: Role) -> Iterator[Problem]:
         """Held-out word templates. Pairs as in training; with `holdout`, as many again of the held-out pairs."""
+        import numpy as np
+
         rng = np.random.default_rng([self.seed, 2, list(OPERATIONS).index(role)])
         for operation, form in itertools.product(OPERATIONS[role], self.forms):
             for pairs, seen in zip(self.pairs(operation), (True, False), strict=True):
@@ -104,7 +112,7 @@ def _write(
     form: Form,
     pairs: Pairs,
     wordings: tuple[str, ...],
-    rng: np.random.Generator,
+    rng: "np.random.Generator",
     seen: bool = True,
 ) -> Iterator[Problem]:
     sign = SIGNS[operation]

@@ -10,15 +10,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from undo.config.files import write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import ROLES, Count, Frozen, Role, RunName, Share, StageConfig
 from undo.data.problems import OPERATIONS
-from undo.data.store import WINDOW, WINDOW_TOKENS, StoreWriter, TokenStore, batched, pack, token_bytes
-from undo.lm.tokens import MARK
 from undo.prepare_data.arithmetic import ArithmeticWorld
 from undo.prepare_data.text import Paired, Source
 from undo.prepare_data.tokenizer import load_tokenizer, train_byte_pairs, train_words
@@ -26,7 +23,10 @@ from undo.runs.run import Run
 from undo.train.stage import Stage
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
+
+    from undo.data.store import TokenStore
 
 TEXTS_AT_ONCE, CHARACTERS_AT_ONCE = 4096, 8_000_000
 
@@ -162,11 +162,15 @@ def beginning(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 def split_text(
     cfg: Prepare, role: Role, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, folder: Path
-) -> list[TokenStore]:
+) -> "list[TokenStore]":
     """Stores of training and validation text, split by document in one reading.
 
     An interrupted reading goes on after the last window that was written: those documents are read, and not tokenised.
     """
+    import numpy as np
+
+    from undo.data.store import WINDOW, WINDOW_TOKENS, StoreWriter, TokenStore, batched
+
     source, (train, validation) = cfg.data[role], (folder / part / role for part in ("train", "validation"))
     if train.exists():
         return [TokenStore(train), TokenStore(validation)]
@@ -183,7 +187,7 @@ def split_text(
     held_out = [np.array(ids, dtype=np.uint32) for ids in state["held_out"]]
     read, last = state["documents"], state["last"]  # documents, and a checksum of the last one's tokens
 
-    def training() -> Iterator[np.ndarray]:
+    def training() -> "Iterator[np.ndarray]":
         nonlocal read, last
         room, tokens = cfg.validation_tokens - sum(map(len, held_out)), writer.tokens
         if source.tokens is not None and tokens >= source.tokens:
@@ -230,8 +234,12 @@ def split_text(
     return [writer.finish(), made]
 
 
-def store(texts: Iterator[np.ndarray], folder: Path, length: int, vocab_size: int, paired: bool = False) -> TokenStore:
+def store(
+    texts: "Iterator[np.ndarray]", folder: Path, length: int, vocab_size: int, paired: bool = False
+) -> "TokenStore":
     """Pack documents; what an interrupted run had finished is kept."""
+    from undo.data.store import TokenStore, pack
+
     return TokenStore(folder) if folder.exists() else pack(texts, folder, length, vocab_size, paired)
 
 
@@ -242,13 +250,18 @@ def documents(
     budget: int | None = None,
     count: int = 0,
     tokens: int = 0,
-) -> Iterator[np.ndarray]:
+) -> "Iterator[np.ndarray]":
     """<bos> text <eos>, as uint32 arrays; progress is printed, and so stands in the launcher's table.
 
     Of a pair, the tokens are marked that the other document does not have at the same place.
     `count` documents with `tokens` tokens were read by an earlier attempt. Many texts at a time: the tokenizer then
     works on all cores (its own threads; 1.8 times one core's speed on two).
     """
+    import numpy as np
+
+    from undo.data.store import batched
+    from undo.lm.tokens import MARK
+
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     begin, before = time.monotonic(), tokens
     for some in batched(texts, TEXTS_AT_ONCE, CHARACTERS_AT_ONCE):
@@ -272,6 +285,8 @@ def documents(
 
 def check_disk(cfg: Prepare, folder: Path) -> None:
     """Say what the text will take. Raises ConfigError if there is no room for it."""
+    from undo.data.store import token_bytes
+
     vocabulary = cfg.tokenizer.vocab_size if isinstance(cfg.tokenizer, Frozen) else 1 << 24  # at most, if not known
     sizes = [source.bytes_of_tokens(token_bytes(vocabulary, source.paired)) for source in cfg.data.values()]
     known, free = sum(size for size in sizes if size is not None), shutil.disk_usage(folder).free

@@ -9,14 +9,16 @@ import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-import numpy as np
 from pydantic import model_validator
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Count, Frozen, Share
 from undo.prepare_data.corpora import origin
+
+if TYPE_CHECKING:
+    pass
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".tokens")  # .tokens: WikiText's
 
@@ -73,6 +75,8 @@ class Place(Frozen):
 
     def all_texts(self) -> Iterator[str]:
         """The documents that are not blank, `share` of them, in order; the same ones each time."""
+        import numpy as np
+
         texts = self._read(self.column)
         if self.paired_with is not None:
             texts = map(Paired, texts, self._read(self.paired_with))

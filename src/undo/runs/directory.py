@@ -14,18 +14,19 @@ runs/<setting>/<stage>/<name>/
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from undo.config.files import write_atomically
+from undo.config.files import dump_yaml, load_yaml, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Raw, StageConfig, as_raw, differences
-from undo.config.sweep import read_yaml
+
+if TYPE_CHECKING:
+    pass
 
 INTERRUPTED: Final = 75  # exit status of a worker that stopped at a checkpoint (EX_TEMPFAIL)
 
@@ -83,7 +84,17 @@ class RunDirectory:
 
     @property
     def config(self) -> Raw:
-        return read_yaml(self.folder / "config.yaml")
+        """Raises ConfigError for a file that cannot be read as it was written."""
+        path = self.folder / "config.yaml"
+        try:
+            values = load_yaml(path)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
+        except ValueError as error:  # not UTF-8, or not YAML
+            raise ConfigError(f"{path}: is damaged ({str(error).splitlines()[0]}); delete the run's folder") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: is damaged: it holds no mapping; delete the run's folder")
+        return values
 
     @property
     def model(self) -> Path:
@@ -95,17 +106,21 @@ class RunDirectory:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """All complete lines of metrics.jsonl; a line that is being written is left out."""
+        return self._lines()
+
+    def _lines(self, keys: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+        """Records that hold one of the quoted `keys`; all for none. The others are not parsed: most lines are steps."""
         try:
             text = (self.folder / "metrics.jsonl").read_text()
         except OSError:
             return
         for line in text.splitlines(keepends=True):
-            if line.endswith("\n"):
+            if line.endswith("\n") and (not keys or any(key in line for key in keys)):
                 yield json.loads(line)
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Step -> metrics of the evaluation at that step."""
-        return {r["step"]: r for r in self.records() if "retain" in r or "forget" in r}
+        return {r["step"]: r for r in self._lines(('"retain"', '"forget"'))}
 
     def claim(self, config: StageConfig) -> None:
         """Make the folder this config's, or find that it is already. Raises ConfigError if it is another's."""
@@ -122,7 +137,7 @@ class RunDirectory:
                 return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(wanted)))
+            write_atomically(self.folder / "config.yaml", dump_yaml(wanted))
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs"

@@ -130,7 +130,7 @@ class Run(RunDirectory):
         content = {
             "name": self.name,
             "variant": config.variant,
-            "identity": digest([without_execution(as_raw(config)), parents]),
+            "identity": identity_of(config, parents),
             "parents": parents,
             **facts,
             "seconds": round(self._seconds_before + time.monotonic() - self._started, 3),
@@ -168,3 +168,8 @@ class Follower(Run):
     def lock(self, wait: bool) -> Iterator[bool]:
         """The leader has it."""
         yield True
+
+
+def identity_of(config: StageConfig, parents: Mapping[str, str]) -> str:
+    """A hash of what a run computes: its config without `execution`, and the identities of its parents by name."""
+    return digest([without_execution(as_raw(config)), parents])

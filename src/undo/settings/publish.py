@@ -7,9 +7,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from undo.config.files import write_atomically
 from undo.config.mistakes import ConfigError
@@ -22,11 +20,17 @@ from undo.results.results import Results
 from undo.results.text import as_text, write_csv
 from undo.settings.stages import STAGES
 
+if TYPE_CHECKING:
+    pass
+
 NAMES = (*FIGURES, "claims")
 
 
 def publish(setting: str, runs: Path, names: list[str] | None = None, out: Path | None = None) -> None:
     """Print the table, write summary.csv and what is named into `out` (default: the setting's folder of runs)."""
+    from rich.console import Console
+    from rich.table import Table
+
     results = Results.read(runs, setting, tuple(STAGES))
     if not results.runs:
         raise ConfigError(f"{runs / setting} holds no finished run; make some with: {command_of(setting)}")

@@ -16,9 +16,7 @@ Without --stage all of them, in this order; the search only where the setting's 
 import argparse
 from collections.abc import Collection
 from pathlib import Path
-from typing import Final
-
-from omegaconf import OmegaConf
+from typing import TYPE_CHECKING, Final
 
 from undo.config.files import write_atomically
 from undo.config.mistakes import ConfigError
@@ -34,6 +32,9 @@ from undo.settings.publish import publish
 from undo.settings.stages import STAGES
 from undo.settings.whole import planned_in, route
 from undo.unlearn.stage import Unlearn
+
+if TYPE_CHECKING:
+    pass
 
 PARTS: Final = {
     "prepare": ("prepare", "base", "pretrain"),
@@ -103,6 +104,8 @@ def diverged(run: PlannedRun) -> bool:
 
 def choose(runs: list[PlannedRun], folder: Path) -> None:
     """Write the points of every method into the setting's folder of runs, and print them. What diverged is left out."""
+    from omegaconf import OmegaConf
+
     by_method: dict[str, list[Result]] = {}
     for run in runs:
         if not isinstance(run.config, Unlearn):

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from undo.config.files import digest, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import RunName, as_raw
-from undo.data.stream import MixedStream
 from undo.evaluate.evaluator import Measured
 from undo.runs import ranks
 from undo.runs.directory import RunDirectory
@@ -40,6 +39,7 @@ def fit(
 
     `starts_as` names the run whose very model this is: its evaluation is made once for all runs that start from it.
     """
+    from undo.data.stream import MixedStream
     from undo.lm.disk import shape
     from undo.train import shard
     from undo.train.gradient import plain

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import ROLES, Role, RunName
-from undo.data.store import TokenStore
 from undo.lm.shape import Shape
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
@@ -14,6 +13,8 @@ from undo.train.stage import TrainingStage
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from undo.data.store import TokenStore
 
 
 def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen: Sequence[RunName] = ()) -> None:
@@ -44,14 +45,16 @@ def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen:
     )
 
 
-def open_stores(cfg: TrainingStage, run: Run) -> dict[Role, TokenStore]:
+def open_stores(cfg: TrainingStage, run: Run) -> "dict[Role, TokenStore]":
     """Of all roles that the run trains on."""
     used = {role for mixture in cfg.streams().values() for role, share in mixture.items() if share > 0}
     return {role: open_store(run.sibling(cfg.data), role) for role in ROLES if role in used}
 
 
-def open_store(data: RunDirectory, role: Role) -> TokenStore:
+def open_store(data: RunDirectory, role: Role) -> "TokenStore":
     """Raises ConfigError if the prepare run has no text for the role."""
+    from undo.data.store import TokenStore
+
     folder = data.folder / "train" / role
     if not folder.exists():
         present = ", ".join(sorted(path.name for path in folder.parent.glob("*")))

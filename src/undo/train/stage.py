@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import Field
 
 from undo.config.mistakes import ConfigError
@@ -51,6 +50,8 @@ class TrainingStage(StageConfig):
 
     def seed_for(self, concern: Concern) -> int:
         """Independent for each stage, concern and seed; the same for all runs of a stage that share the seed."""
+        import numpy as np
+
         stage = zlib.crc32(type(self).__name__.encode())
         derived = np.random.SeedSequence([self.seed, stage, zlib.crc32(concern.encode())]).generate_state(1)[0]
         return self.seeds.get(concern, int(derived))
