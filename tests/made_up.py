@@ -5,7 +5,8 @@ import json
 from omegaconf import OmegaConf
 
 from undo.results.results import Results
-from undo.settings.stages import STAGES
+from undo.results.shown import Shown
+from undo.settings.publish import read
 
 STEPS = (0, 20, 40, 500)
 
@@ -21,6 +22,9 @@ class World:
         folder = self.folder / self.setting / name
         folder.mkdir(parents=True)
         base = {"seed": seed, "variant": variant, "evaluation": {"name": self.evaluation}, "retain_threshold": 0.05}
+        base["training"] = {"learning_rate": 1e-3}
+        if name.startswith("pretrain/"):
+            base["mixture"] = {"retain": 1.0} if "oracle" in variant else {"retain": 0.5, "forget": 0.5}
         (folder / "config.yaml").write_text(OmegaConf.to_yaml({**base, **config}))
         facts = {"evaluation": {"retain": retain, "forget": forget}, "steps": steps, "flops": 1.0, "parents": {}}
         facts |= {"finished": "2026-11-21T10:00:00+00:00", "seconds": 60.0, "device": "a card", "threads": 1}
@@ -36,7 +40,10 @@ class World:
         """A model, and an attack on it that ends at `end`, in equal steps from 0."""
         self.run(name, variant, seed=seed, **more)
         curve = {step: end * i / (len(STEPS) - 1) for i, step in enumerate(STEPS)}
-        self.run(f"relearn/{variant}-{seed}", variant, seed=seed, curve=curve, model=name)
+        self.run(
+            f"relearn/{variant}-{seed}", variant, seed=seed, curve=curve, model=name, training={"learning_rate": 1e-3}
+        )
 
-    def results(self) -> Results:
-        return Results.read(self.folder, self.setting, tuple(STAGES))
+    def results(self, **shown) -> Results:
+        """`shown`: what figures.yaml would say, instead of the one of the setting whose name this is."""
+        return read(self.folder, self.setting, Shown.model_validate(shown, strict=False) if shown else None)

@@ -30,8 +30,8 @@ def test_nothing_is_claimed_without_runs(world):
 @pytest.mark.parametrize(("end", "verdict"), [(0.9, "holds"), (0.2, "fails")])
 def test_oracle_matching(world, end, verdict):
     world.model("pretrain/oracle", "oracle", 0.3)
-    world.model("distill/a", "matched_reference", end, teacher="pretrain/oracle")
-    world.model("distill/b", "matched_random", 0.25, teacher="pretrain/oracle")
+    world.model("distill/a", "matched_reference", end, teacher="pretrain/oracle", student="reference")
+    world.model("distill/b", "matched_random", 0.25, teacher="pretrain/oracle", student="random")
     assert verdicts(world)[sentence("A reference model taught")] == verdict
 
 
@@ -133,6 +133,8 @@ def test_who_beats_undo_is_said(world):
 
 def test_pareto_front_by_hand():
     points = {"a": (0.9, 0.5), "b": (0.8, 0.2), "c": (0.8, 0.3), "d": (0.9, 0.5), "e": (0.1, 0.9)}
-    assert pareto_front(points, higher_is_better=True) == ["a", "b", "d"]
+    assert pareto_front(points, (True, True)) == ["a", "b", "d"]
     losses = {"a": (4.0, 9.0), "b": (5.0, 11.0), "c": (5.0, 10.0)}
-    assert pareto_front(losses, higher_is_better=False) == ["a", "b"]
+    assert pareto_front(losses, (False, False)) == ["a", "b"]
+    mixed = {"a": (0.9, 4.0), "b": (0.9, 5.0), "c": (0.8, 6.0)}  # retained in accuracy, attacked in nats
+    assert pareto_front(mixed, (True, False)) == ["b", "c"]

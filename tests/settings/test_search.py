@@ -18,6 +18,7 @@ from undo.experiments import cli
 from undo.experiments.points import FILE
 from undo.experiments.remedy import command_for, command_of, remedy
 from undo.launch.jobs import Job
+from undo.results.arms import Undo
 from undo.runs.directory import RunDirectory
 from undo.settings import publish as run_figures
 from undo.settings import wmdp as run_wmdp
@@ -39,7 +40,7 @@ class Machine:
             if reason is None and not parents & failed.keys():
                 self._make(run, parents)
             elif reason is not None:
-                run.fail(reason)
+                run.fail(reason, 3 if "Diverged" in reason else None)
                 failed[run.name] = reason
             else:
                 failed[run.name] = "not run"
@@ -176,11 +177,12 @@ def test_a_mistake_in_what_comes_after_is_said_before_the_search(machine, monkey
 def test_the_command_of_a_setting(setting, script, tmp_path):
     assert command_of(setting) == f"uv run {script} {setting}"
     with pytest.raises(ConfigError, match=f"uv run {script} {setting}"):
-        run_figures.publish(setting, tmp_path)
+        run_figures.publish(Path(setting), tmp_path)
 
 
 def test_commands_name_scripts_that_exist():
-    assert "uv run run_wmdp.py wmdp_small --only 'undo/*'" in remedy("wmdp_small", "undo/*")
+    found = remedy("wmdp_small", "undo", lambda arm: isinstance(arm, Undo), "undo/*")
+    assert found == "make it with: uv run run_wmdp.py wmdp_small --only 'undo/undo_*'"
     assert command_for("base/model", "wmdp_bio") == "uv run run_base.py wmdp_bio --only model"
     for stage in STAGES:
         assert (ROOT / command_for(f"{stage}/x", "wmdp_bio").split()[2]).exists()

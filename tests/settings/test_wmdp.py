@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def world(folder: Path) -> Path:
     made = folder / "tiny_wmdp"
     made.mkdir()
     texts = json.dumps({"forget": "cyber_standin", "retain": "cyber_retain"})
+    shutil.copy(ROOT / "configs/wmdp_small/figures.yaml", made)
     for name in ("prepare", "pretrain", "unlearn_search", "unlearn", "undo", "relearn"):
         raw = read_yaml(ROOT / f"configs/wmdp_small/{name}.yaml")
         if name == "prepare":

@@ -1,5 +1,6 @@
 """The command that makes what is missing."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from undo.config.checkout import CONFIGS, command
@@ -8,6 +9,7 @@ from undo.config.sweep import expand, read_yaml
 from undo.experiments.choose import matches
 from undo.experiments.plan import sources
 from undo.experiments.points import searches, with_points
+from undo.results.arms import Arm, arm_of
 
 
 def setting_folder(setting: str) -> Path | None:
@@ -41,9 +43,22 @@ def command_for(name: str, setting: str) -> str:
     return f"{command(stage)} {setting} --only {run}"
 
 
-def remedy(setting: str, runs: str) -> str:
-    """How to make the runs whose names match the glob `runs`: a command, or where to see how others ask for them."""
+def remedy(setting: str, stage: str, wanted: Callable[[Arm | None], bool], like: str) -> str:
+    """How to make the runs of a stage whose models are `wanted`: a command, or where others ask for them.
+
+    In an attack it is the model attacked that counts. `like`: what such runs are called in our settings.
+    """
     folder = setting_folder(setting)
-    if folder is not None and any(matches(name, runs) for name in written(folder)):
-        return f"make it with: {command_of(setting)} --only '{runs}'"
-    return f"configs/{setting} has no {runs}; see configs/language for how to ask for it"
+    every = written(folder) if folder is not None else {}
+
+    def arm(name: str) -> Arm | None:
+        return arm_of(every[name].get("model", "") if name.startswith("relearn/") else name, every.get)
+
+    names = [name for name in every if name.startswith(f"{stage}/") and wanted(arm(name))]
+    if not names:
+        return f"configs/{setting} has no {like}; see configs/language for how to ask for it"
+    first, last = min(names), max(names)  # what these two begin with all do
+    pattern = first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))] + "*"
+    if any(matches(name, pattern) for name in every if name not in names):
+        pattern = names[0]
+    return f"make it with: {command_of(setting)} --only '{pattern}'"

@@ -13,7 +13,7 @@ from pathlib import Path
 from undo.config.mistakes import ConfigError
 from undo.config.schema import validate
 from undo.runs import ranks
-from undo.runs.directory import INTERRUPTED, Interrupted
+from undo.runs.directory import INTERRUPTED, Diverged, Interrupted
 from undo.runs.run import Follower, Run
 from undo.train.stage import Stage
 
@@ -52,7 +52,8 @@ def work(stage: Stage, folders: Sequence[Path]) -> int:
                 run.fail(
                     f"{type(error).__name__}: {error}".splitlines()[0]
                     if not isinstance(error, ConfigError)
-                    else str(error)
+                    else str(error),
+                    diverged=error.step if isinstance(error, Diverged) else None,
                 )
                 status = 1
         if run.stop_requested:

@@ -11,7 +11,8 @@ from itertools import pairwise
 from statistics import mean
 from typing import Final, Literal
 
-from undo.report.paper import MMLU_LOST
+from undo.report.paper import MMLU_LOST, PRETRAINED
+from undo.results.arms import Distilled, Matched, Oracle, Undo, Unlearned
 from undo.results.frontier import pareto_front
 from undo.results.results import Attacked, Result, Results
 
@@ -72,19 +73,11 @@ def as_rows(checked: Sequence[Checked]) -> list[tuple[str, ...]]:
 # --- the measurements ----------------------------------------------------------------------------------------------
 
 
-def _by_label(results: Results, *labels: str) -> Iterable[tuple[int, tuple[Attacked, ...]]]:
-    """Seeds that have been attacked under all of these labels."""
-    for seed in sorted({a.model.seed for a in results.attacked}):
-        found = {a.label: a for a in results.attacked if a.model.seed == seed}
-        if all(label in found for label in labels):
-            yield seed, tuple(found[label] for label in labels)
-
-
 def _more(a: Attacked, b: Attacked) -> bool:
     """Whether the attack brings back more of the forgotten in `a` than in `b`: the mean over all evaluated steps."""
     steps = sorted(a.worst_case.keys() & b.worst_case.keys() - {0})
     first, second = (mean(x.worst_case[step] for step in steps) for x in (a, b))
-    return first > second if a.model.higher_is_better else first < second
+    return first > second if a.higher_is_better else first < second
 
 
 def _end(attacked: Attacked) -> str:
@@ -92,45 +85,53 @@ def _end(attacked: Attacked) -> str:
 
 
 def matching_leaves_capabilities(results: Results) -> Iterable[Observation]:
-    for seed, (matched, random, oracle) in _by_label(results, "matched_reference", "matched_random", "oracle"):
-        holds = _more(matched, random) and _more(matched, oracle)
-        yield Observation(seed, holds, ", ".join(map(_end, (matched, random, oracle))))
+    """Oracle-matched students beside the oracle, seed by seed."""
+    for matched in results.attacked:
+        if matched.arm != Matched("reference"):
+            continue
+        seed = matched.model.seed
+        random = next((a for a in results.attacked if a.arm == Matched("random") and a.model.seed == seed), None)
+        oracle = next((a for a in results.attacked_as(Oracle) if a.model.seed == seed), None)
+        if random is not None and oracle is not None:
+            holds = _more(matched, random) and _more(matched, oracle)
+            yield Observation(seed, holds, ", ".join(map(_end, (matched, random, oracle))))
 
 
 def distilling_beats_unlearning(results: Results) -> Iterable[Observation]:
-    models = {a.model.name: a for a in results.attacked}
-    for student in results.attacked:
-        teacher = models.get(student.model.config.get("teacher", ""))
-        if student.label.startswith("distilled") and teacher is not None:
+    """Each attacked student of Unlearn-and-Distill beside its teacher."""
+    for student in results.attacked_as(Distilled):
+        teacher = results.teacher_of(student)
+        if teacher is not None:
             yield Observation(student.model.seed, _more(teacher, student), f"{_end(teacher)}, {_end(student)}")
 
 
-def _over_alpha(results: Results) -> dict[int, list[Attacked]]:
-    """Seed -> UNDO models that differ in alpha only, by alpha."""
-    groups: dict[int, list[Attacked]] = {}
-    for a in results.attacked:
-        noise = a.model.config.get("noise")
-        if noise is not None and a.label == f"undo_{noise['alpha']}":
-            groups.setdefault(a.model.seed, []).append(a)
-    ordered = {s: sorted(group, key=lambda a: a.model.config["noise"]["alpha"]) for s, group in groups.items()}
+def _over_alpha(results: Results) -> dict[int, list[tuple[float, Attacked]]]:
+    """Seed -> attacked UNDO models that differ in alpha only, by alpha."""
+    groups: dict[int, list[tuple[float, Attacked]]] = {}
+    names = {run.name for run in results.series}
+    for a in results.attacked_as(Undo):
+        if a.model.name in names and isinstance(a.arm, Undo):
+            groups.setdefault(a.model.seed, []).append((a.arm.alpha, a))
+    ordered = {seed: sorted(group, key=lambda pair: pair[0]) for seed, group in groups.items()}
     return {seed: group for seed, group in ordered.items() if len(group) > 1}
 
 
 def robustness_rises_with_alpha(results: Results) -> Iterable[Observation]:
+    """Of UNDO models that differ in alpha alone."""
     for seed, group in _over_alpha(results).items():
-        values = [results.robustness(a) for a in group]
-        if None not in values:
-            known = [value for value in values if value is not None]
+        values = [results.robustness(a) for _, a in group]
+        known = [value for value in values if value is not None]
+        if len(known) == len(values):
             pairs = zip(group, known, strict=True)
-            text = ", ".join(f"α={a.model.config['noise']['alpha']:g} {value:.2f}" for a, value in pairs)
+            text = ", ".join(f"α={alpha:g} {value:.2f}" for (alpha, _), value in pairs)
             yield Observation(seed, _rises(known), text)
 
 
 def compute_rises_with_alpha(results: Results) -> Iterable[Observation]:
+    """Training steps of the same models."""
     for seed, group in _over_alpha(results).items():
-        steps = [a.model.facts["steps"] for a in group]
-        pairs = zip(group, steps, strict=True)
-        text = ", ".join(f"α={a.model.config['noise']['alpha']:g} {count}" for a, count in pairs)
+        steps = [a.model.facts["steps"] for _, a in group]
+        text = ", ".join(f"α={alpha:g} {count}" for (alpha, _), count in zip(group, steps, strict=True))
         yield Observation(seed, _rises(steps), text + " steps")
 
 
@@ -141,12 +142,14 @@ def _rises(values: list[float] | list[int]) -> bool:
 
 
 def alpha_drives_cost_more_than_beta(results: Results) -> Iterable[Observation]:
+    """Steps of distillation over a grid of alphas and betas, at the retain threshold of the series over alpha."""
     for seed in sorted({run.seed for run in results.of("undo")}):
-        cost = {
-            (run.config["noise"]["alpha"], run.config["noise"]["beta"]): run.facts["steps"]
+        arms = [
+            (run.arm, run.facts["steps"])
             for run in results.of("undo")
-            if run.seed == seed and run.config["retain_threshold"] == 0.05
-        }
+            if run.seed == seed and isinstance(run.arm, Undo) and run.arm.within == results.within
+        ]
+        cost = {(arm.alpha, arm.beta): steps for arm, steps in arms}
         several = {alpha: {b for a, b in cost if a == alpha} for alpha, _ in cost}
         several = {alpha: tried for alpha, tried in several.items() if len(tried) > 1}
         alphas, betas = several.keys(), set.intersection(*several.values()) if several else set()
@@ -159,21 +162,21 @@ def alpha_drives_cost_more_than_beta(results: Results) -> Iterable[Observation]:
 
 
 def students_reach_the_teacher(results: Results) -> Iterable[Observation]:
+    """Retain performance of each student of Unlearn-and-Distill, as a share of its teacher's."""
     for run in results.of("distill"):
         teacher = results.named(run.config["teacher"])
-        if teacher is None or not run.config["variant"].startswith("distilled"):
+        if teacher is None or not isinstance(run.arm, Distilled):
             continue
         values = [r.facts["evaluation"]["retain"] for r in (run, teacher)]
         ratio = values[0] / values[1] if run.higher_is_better else values[1] / values[0]
-        yield Observation(run.seed, ratio >= 0.95, f"{run.config['variant']} {values[0]:.3f} of {values[1]:.3f}")
+        yield Observation(run.seed, ratio >= 0.95, f"{run.label} {values[0]:.3f} of {values[1]:.3f}")
 
 
 def maxent_is_near_uniform(results: Results) -> Iterable[Observation]:
-    taught = {run.config["teacher"] for stage in ("distill", "undo") for run in results.of(stage)}
+    """Of the models that others are distilled from; not where the forget loss is weighed down against the other."""
     for run in results.of("unlearn"):
-        if results.is_wmdp:  # there it is weighed against KL, and nobody claims it
-            return
-        if run.config["method"]["name"] == "maxent" and run.name in taught and not run.higher_is_better:
+        plain = run.arm == Unlearned("maxent") and not run.config["method"].get("convex")
+        if plain and run.name in results.taught and not run.higher_is_better:
             uniform = math.log(_vocabulary(results, run))
             value = run.facts["evaluation"]["forget"]
             yield Observation(run.seed, value > 0.95 * uniform, f"{value:.2f} of ln V = {uniform:.2f}")
@@ -196,10 +199,10 @@ def undo_is_on_the_front(strength: Literal["moderate", "whole"]) -> Callable[[Re
             return
         step = steps[1 if strength == "moderate" else 2]
         medians = results.medians(step)
-        ours = [label for label in medians if label.startswith("undo_")]
+        ours = [label for label, members in results.compared.items() if isinstance(members[0].arm, Undo)]
         if not ours or len(ours) == len(medians):
             return
-        front = pareto_front(medians, results.attacked[0].model.higher_is_better)
+        front = pareto_front(medians, results.directions)
         on_it = [label for label in ours if label in front]
         yield Observation(
             None, bool(on_it), f"after {step} steps, medians over seeds; on the front: {', '.join(front)}"
@@ -209,20 +212,20 @@ def undo_is_on_the_front(strength: Literal["moderate", "whole"]) -> Callable[[Re
 
 
 def undo_outlasts_its_teacher(results: Results) -> Iterable[Observation]:
-    """Worst case over adversaries at the end of the attack, on WMDP."""
-    for student in results.attacked:
+    """Worst case over adversaries at the end of the attack, on a pretrained model."""
+    for student in results.attacked_as(Undo) if results.shown.paper in PRETRAINED else ():
         teacher = results.teacher_of(student)
-        if not results.is_wmdp or teacher is None or student.label not in ("undo_maxent", "undo_rmu"):
+        if teacher is None or student.label not in results.compared:
             continue
-        less = student.last < teacher.last if student.model.higher_is_better else student.last > teacher.last
+        less = student.last < teacher.last if student.higher_is_better else student.last > teacher.last
         text = f"{teacher.label} {teacher.last:.3f}, {student.label} {student.last:.3f}"
         yield Observation(student.model.seed, less, text)
 
 
 def undo_costs_retain_performance(results: Results) -> Iterable[Observation]:
     """Against the model before anything was unlearned: mean over methods and seeds."""
-    runs = [r for r in results.of("undo") if r.config["variant"] in ("undo_maxent", "undo_rmu")]
-    if not results.is_wmdp or not runs:
+    runs = [run for run in results.of("undo") if isinstance(run.arm, Undo) and results.is_shown(run.arm)]
+    if results.shown.paper not in PRETRAINED or not runs:
         return
     sign = 1 if runs[0].higher_is_better else -1
     lost = mean(sign * (results.start["retain"] - r.facts["evaluation"]["retain"]) for r in runs)
@@ -233,9 +236,9 @@ def undo_costs_retain_performance(results: Results) -> Iterable[Observation]:
 def retained_after_noise_falls_with_alpha(results: Results) -> Iterable[Observation]:
     """Table 13: students of one teacher over alpha, after the same steps."""
     by_seed: dict[int, dict[float, Result]] = {}
-    for run in results.of("undo"):
-        if results.is_wmdp and run.config["variant"].startswith("undo_maxent"):
-            by_seed.setdefault(run.seed, {})[run.config["noise"]["alpha"]] = run
+    for run in results.series if results.shown.paper in PRETRAINED else ():
+        if isinstance(run.arm, Undo):
+            by_seed.setdefault(run.seed, {})[run.arm.alpha] = run
     for seed, runs in by_seed.items():
         if len(runs) > 1:
             values = [(alpha, runs[alpha].facts["evaluation"]["retain"]) for alpha in sorted(runs)]

@@ -2,6 +2,10 @@
 
 from typing import Final, NamedTuple
 
+# What a setting's figures.yaml may name as `paper`. Those of a pretrained model (Section 6, Appendix D.2):
+PRETRAINED: Final = ("wmdp", "wmdp_bio", "wmdp_cyber")
+EXPERIMENTS: Final = ("language", "arithmetic", *PRETRAINED)
+
 
 class Sweep(NamedTuple):
     """Appendix B.1: one unlearning run's performance, before and after."""
@@ -111,13 +115,13 @@ SHARE_AT_ALPHA_06: Final = {"language": 0.35, "arithmetic": 0.20}
 # Its compute at the strongest setting, alpha = 0.8, against that of data filtering (abstract).
 COMPUTE_AT_ALPHA_08: Final = (0.6, 0.8)
 
-# Table 10: the points chosen on WMDP: domain -> method -> rank by what it retains -> (alpha, learning rate).
+# Table 10: the points chosen on WMDP: experiment -> method -> rank by what it retains -> (alpha, learning rate).
 POINTS: Final[dict[str, dict[str, dict[str, tuple[float, float]]]]] = {
-    "bio": {
+    "wmdp_bio": {
         "rmu": {"best": (0.5, 5e-5), "medium": (0.3, 1e-4), "worst": (0.1, 1e-4)},
         "maxent": {"best": (0.3, 2e-5), "medium": (0.1, 2e-5), "worst": (0.75, 5e-5)},
     },
-    "cyber": {
+    "wmdp_cyber": {
         "rmu": {"best": (0.5, 2e-5), "medium": (0.2, 2e-5), "worst": (0.1, 2e-5)},
         "maxent": {"best": (0.2, 2e-5), "medium": (0.3, 3.5e-5), "worst": (0.3, 5e-5)},
     },

@@ -1,5 +1,6 @@
 """The paper's tables of results (Appendix B.1, Tables 10 and 13, Figure 7 as a table), with ours beside them."""
 
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 from undo.report.paper import (
@@ -7,10 +8,12 @@ from undo.report.paper import (
     COMPUTE_AT_ALPHA_08,
     MMLU_AFTER_NOISE,
     POINTS,
+    PRETRAINED,
     SHARE_AT_ALPHA_06,
     UNLEARNING,
     Sweep,
 )
+from undo.results.arms import Reference, Undo
 from undo.results.frontier import beats
 from undo.results.results import Result, Results
 from undo.results.selection import RANKS
@@ -22,28 +25,25 @@ def unlearning_sweep(results: Results) -> str | None:
 
     Bold: the runs whose models are distilled; for settings of another size the paper's own choice stands beside those.
     """
-    runs = results.of("unlearn")
-    if not runs or results.is_wmdp:  # its table is `points`
+    runs, paper, same = results.of("unlearn"), results.shown.paper or "", results.shown.like_for_like
+    if not runs or paper in PRETRAINED:  # its table is `points`
         return None
-    paper_setting = results.setting.partition("_")[0]
-    same = paper_setting == results.setting
-    taught = {run.config["teacher"] for stage in ("distill", "undo") for run in results.of(stage)}
-    rows = []
-    for run in sorted(runs, key=lambda r: (r.config["variant"], r.seed, r.config["training"]["learning_rate"])):
+    main, rows = main_sweeps(results), []
+    for run in sorted(runs, key=lambda r: (r.label, r.seed, r.config["training"]["learning_rate"])):
         method, rate = run.config["method"]["name"], run.config["training"]["learning_rate"]
-        variant, chosen = run.config["variant"], run.name in taught
-        printed = UNLEARNING.get(paper_setting, {}).get(method, {}) if variant == method else {}
-        where = rate if same else CHOSEN.get(paper_setting, {}).get(method) if chosen else None
+        chosen = run.name in results.taught
+        printed = UNLEARNING.get(paper, {}).get(method, {}) if run.label in main.get(method, ()) else {}
+        where = rate if same else CHOSEN.get(paper, {}).get(method) if chosen else None
         theirs = next((sweep for r, sweep in printed.items() if where is not None and abs(r / where - 1) < 1e-6), None)
         ours = _measured(run)
-        cells = [variant, f"{rate:g}", str(run.seed), *_arrows(ours)]
-        if paper_setting in UNLEARNING:
+        cells = [run.label, f"{rate:g}", str(run.seed), *_arrows(ours)]
+        if paper in UNLEARNING:
             cells += _arrows(theirs) if theirs else ["-", "-"]
-        if same and paper_setting in UNLEARNING:
+        if same and paper in UNLEARNING:
             cells += _differences(ours, theirs) if theirs else ["-", "-"]
         rows.append([f"**{cell}**" if chosen and cell != "-" else cell for cell in cells])
     header = ["variant", "rate", "seed", "retain", "forget"]
-    if paper_setting not in UNLEARNING:
+    if paper not in UNLEARNING:
         return markdown(header, rows)
     header += ["paper: retain", "paper: forget"]
     if same:
@@ -52,44 +52,82 @@ def unlearning_sweep(results: Results) -> str | None:
 
 
 def points(results: Results) -> str | None:
-    """Table 10: the points of each method on WMDP, what they retain and forget, medians over seeds; and the paper's."""
-    if not results.is_wmdp:
+    """Table 10: the points of each method on WMDP, what they retain and forget, medians over seeds; and the paper's.
+
+    A label with one alpha and learning rate is a point, ranked by what it retains; one with several is a search.
+    """
+    if results.shown.paper not in PRETRAINED:
         return None
-    theirs = POINTS.get(results.setting.partition("_")[2], {})
-    groups: dict[tuple[str, str], list[Result]] = {}
+    theirs, groups = POINTS.get(results.shown.paper or "", {}), dict[str, list[Result]]()
     for run in results.of("unlearn"):
-        method, _, rank = run.config["variant"].rpartition("_")
-        if rank in RANKS:
-            groups.setdefault((method, rank), []).append(run)
-        elif run.name.startswith("unlearn/search-"):
-            groups[run.config["variant"], run.name] = [run]
+        groups.setdefault(run.label, []).append(run)
     rows = []
-    for (method, rank), runs in groups.items():
-        config = runs[0].config
-        values = config["method"].get("base") or config["method"]
-        printed = theirs.get(method, {}).get(rank)
-        ours = f"α = {values['alpha']:g}, {config['training']['learning_rate']:g}"
-        performance = [f"{median(r.facts['evaluation'][role] for r in runs):.3f}" for role in ("retain", "forget")]
-        paper = f"α = {printed[0]:g}, {printed[1]:g}" if printed else "-"
-        rows.append((method, rank if rank in RANKS else "searched", ours, paper, *performance))
+    for ranked in _by_method(groups):
+        for rank, runs in ranked:
+            method, rate = runs[0].config["method"], runs[0].config["training"]["learning_rate"]
+            values = method.get("base") or method
+            printed = theirs.get(method["name"], {}).get(rank)
+            ours = f"α = {values['alpha']:g}, {rate:g}"
+            performance = [f"{median(r.facts['evaluation'][role] for r in runs):.3f}" for role in ("retain", "forget")]
+            paper = f"α = {printed[0]:g}, {printed[1]:g}" if printed else "-"
+            rows.append((method["name"], rank, ours, paper, *performance))
     start = [f"{results.start[role]:.3f}" for role in ("retain", "forget")] if results.start else []
     header = ("method", "rank by retain", "alpha, rate", "paper", "retain", "forget")
     return markdown(header, [*([("before", "", "", "", *start)] if start else []), *rows]) if rows else None
 
 
+def _by_method(groups: Mapping[str, Sequence[Result]]) -> list[list[tuple[str, Sequence[Result]]]]:
+    """For each method its points with their ranks, best retained first, then the runs of its search one by one."""
+    points: dict[str, list[Sequence[Result]]] = {}
+    searched: dict[str, list[tuple[str, Sequence[Result]]]] = {}
+    for runs in groups.values():
+        method = runs[0].config["method"]["name"]
+        if len({(_alpha(run), run.config["training"]["learning_rate"]) for run in runs}) == 1:
+            points.setdefault(method, []).append(runs)
+        else:
+            searched.setdefault(method, []).extend(("searched", [run]) for run in runs)
+
+    def retained(runs: Sequence[Result]) -> float:
+        sign = -1 if runs[0].higher_is_better else 1
+        return sign * median(run.facts["evaluation"]["retain"] for run in runs)
+
+    ranked: list[list[tuple[str, Sequence[Result]]]] = [
+        list(zip(RANKS, sorted(members, key=retained), strict=False)) for members in points.values()
+    ]
+    return [*ranked, *searched.values()]
+
+
+def _alpha(run: Result) -> float | None:
+    method = run.config["method"]
+    return (method.get("base") or method).get("alpha")
+
+
+def main_sweeps(results: Results) -> dict[str, set[str]]:
+    """Method -> the labels of its main sweep: those whose models something is distilled from; else all it has."""
+    every: dict[str, set[str]] = {}
+    taught: dict[str, set[str]] = {}
+    for run in results.of("unlearn"):
+        method = run.config["method"]["name"]
+        every.setdefault(method, set()).add(run.label)
+        if run.name in results.taught:
+            taught.setdefault(method, set()).add(run.label)
+    return every | taught
+
+
 def beaten(results: Results) -> str:
     """Each UNDO of Figures 7 and 11 at each strength of attack, and who beats it: medians over seeds."""
-    higher, rows = bool(results.attacked) and results.attacked[0].model.higher_is_better, []
-    for step in results.attack_steps if results.compared else ():
+    undo = {label for label, members in results.compared.items() if isinstance(members[0].arm, Undo)}
+    rows = []
+    for step in results.attack_steps if undo else ():
         points = results.medians(step)
-        for label, mine in points.items():
-            if label.startswith("undo_"):
-                better = [
-                    f"{other} ({retain:.3f}, {forget:.3f})"
-                    for other, (retain, forget) in points.items()
-                    if not other.startswith("undo_") and beats((retain, forget), mine, higher)
-                ]
-                rows.append((str(step), label, f"{mine[0]:.3f}", f"{mine[1]:.3f}", ", ".join(better) or "nobody"))
+        for label in (label for label in points if label in undo):
+            mine = points[label]
+            better = [
+                f"{other} ({retain:.3f}, {forget:.3f})"
+                for other, (retain, forget) in points.items()
+                if other not in undo and beats((retain, forget), mine, results.directions)
+            ]
+            rows.append((str(step), label, f"{mine[0]:.3f}", f"{mine[1]:.3f}", ", ".join(better) or "nobody"))
     return markdown(
         ("relearning steps", "UNDO", "retain", "forget", "beaten on both by (retain, forget)"), rows
     ) * bool(rows)
@@ -99,7 +137,7 @@ def choices(results: Results) -> str | None:
     """Multiple choice: accuracy with its 95 % interval beside chance, and the letter that a model says most often."""
     rows = []
     for run in [*results.of("pretrain"), *results.of("unlearn"), *results.of("undo")]:
-        found = run.facts["evaluation"]
+        found = run.facts.get("evaluation", {})
         prefix = "accuracy/" if "accuracy/retain/chance" in found else ""
         if f"{prefix}retain/chance" not in found:
             continue
@@ -110,37 +148,44 @@ def choices(results: Results) -> str | None:
             letter = max((key for key in of if key.startswith("says_")), key=lambda key: of[key])
             interval = f"{found[prefix + role]:.3f} ({of['low']:.3f} to {of['high']:.3f})"
             cells += [interval, f"{of['chance']:.3f}", f"{letter.removeprefix('says_')}: {of[letter]:.0%}"]
-        rows.append((run.config["variant"], str(run.seed), *cells))
+        rows.append((run.label, str(run.seed), *cells))
     header = ("model", "seed", "retain", "chance", "says", "forget", "chance", "says")
     return markdown(header, rows) if rows else None
 
 
 def after_noise(results: Results) -> str | None:
-    """Table 13: alpha against the retain performance after distillation, beta 0; MaxEnt's student of the first seed."""
-    runs = [run for run in results.of("undo") if run.config["variant"].startswith("undo_maxent")]
-    if not results.is_wmdp or not runs:
+    """Table 13: alpha against the retain performance after distillation; the students over alpha of the first seed."""
+    if results.shown.paper not in PRETRAINED or not results.series:
         return None
-    first = min(run.seed for run in runs)
-    found = {run.config["noise"]["alpha"]: run.facts["evaluation"]["retain"] for run in runs if run.seed == first}
+    first = min(run.seed for run in results.series)
+    found = {
+        run.arm.alpha: run.facts["evaluation"]["retain"]
+        for run in results.series
+        if run.seed == first and isinstance(run.arm, Undo)
+    }
     found[0.0] = results.start["retain"]
     paper = {alpha: f"{MMLU_AFTER_NOISE[alpha]:.2f}" if alpha in MMLU_AFTER_NOISE else "-" for alpha in found}
     rows = [("before" if alpha == 0 else f"{alpha:g}", paper[alpha], f"{found[alpha]:.3f}") for alpha in sorted(found)]
-    return markdown(("alpha", "paper: MMLU of Gemma-2-2B", f"ours: retain {runs[0].unit}"), rows)
+    return markdown(("alpha", "paper: MMLU of Gemma-2-2B", f"ours: retain {results.series[0].unit}"), rows)
 
 
 def compute(results: Results) -> str | None:
     """What UNDO takes, in the two quantities of which the paper prints numbers; medians over seeds."""
-    printed = SHARE_AT_ALPHA_06.get(results.setting.partition("_")[0])
-    reference = next((run for run in results.of("pretrain") if run.config["variant"] == "reference"), None)
-    shares = [] if reference is None else [r.facts["tokens"] / reference.facts["tokens"] for r in _undo(results, 0.6)]
-    ratios = [r for a in results.attacked if a.model in _undo(results, 0.8) if (r := results.compute(a)) is not None]
+    printed = SHARE_AT_ALPHA_06.get(results.shown.paper or "")
+    if printed is None:
+        return None
+    reference = next((run for run in results.of("pretrain") if isinstance(run.arm, Reference)), None)
+    shares = [] if reference is None else [r.facts["tokens"] / reference.facts["tokens"] for r in _at(results, 0.6)]
+    strongest = {run.name for run in _at(results, 0.8)}
+    attacked = (a for a in results.attacked if a.model.name in strongest)
+    ratios = [ratio for a in attacked if (ratio := results.compute(a)) is not None]
     low, high = COMPUTE_AT_ALPHA_08
     rows = []
-    if printed is not None and shares:
+    if shares:
         ours = median(shares)
         share = "trained on at α = 0.6, as a share of the pretraining corpus"
         rows.append((share, f"about {printed:.0%}", f"{ours:.0%}", f"{ours - printed:+.0%}"))
-    if printed is not None and ratios:
+    if ratios:
         ours = median(ratios)
         off = ours - min(max(ours, low), high)
         steps = "steps at α = 0.8, as a share of those of data filtering"
@@ -148,8 +193,8 @@ def compute(results: Results) -> str | None:
     return markdown(("", "paper", "ours", "difference"), rows) if rows else None
 
 
-def _undo(results: Results, alpha: float) -> list[Result]:
-    return [run for run in results.of("undo") if run.config["variant"] == f"undo_{alpha}"]
+def _at(results: Results, alpha: float) -> list[Result]:
+    return [run for run in results.series if isinstance(run.arm, Undo) and run.arm.alpha == alpha]
 
 
 def _measured(run: Result) -> Sweep:

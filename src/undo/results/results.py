@@ -1,18 +1,25 @@
 """Runs -> one table. The worst case over adversaries, and robustness, are defined here and nowhere else."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Final, get_args
 
+from undo.config.mistakes import ConfigError
 from undo.config.schema import Raw
 from undo.evaluate import Evaluation
 from undo.evaluate.evaluator import EvaluationConfig
+from undo.results.arms import Arm, Oracle, Reference, Undo, Unlearned, arm_of, method_of
+from undo.results.shown import Look, Shown
 from undo.runs.directory import RunDirectory
 
 SHOWN: Final = (20, 70)  # relearning steps that the table shows beside the last
+UNKNOWN: Final = Look("", "o", "#777777", "#444444")
+KINDS: Final[dict[str, type[EvaluationConfig]]] = {
+    kind.model_fields["name"].default: kind for kind in get_args(get_args(Evaluation)[0])
+}
 Curve = dict[int, float]  # relearning step -> forget performance
 
 
@@ -23,14 +30,20 @@ class Result:
     directory: RunDirectory
     config: Raw
     facts: dict[str, Any]
+    arm: Arm | None = None  # what the model is that it made
 
     @property
     def name(self) -> str:
         return self.directory.name
 
     @property
+    def label(self) -> str:
+        """The row of the table that it belongs to: text for people."""
+        return self.config["variant"]
+
+    @property
     def seed(self) -> int:
-        return self.config["seed"]
+        return self.config.get("seed", 0)
 
     @cached_property
     def evaluations(self) -> dict[int, dict[str, float]]:
@@ -39,33 +52,52 @@ class Result:
     def curve(self, role: str) -> Curve:
         return {step: metrics[role] for step, metrics in self.evaluations.items()}
 
+    def final(self, role: str) -> float | None:
+        """Performance of the model it made; None where none was measured, as for a model that was only fetched."""
+        return self.facts.get("evaluation", {}).get(role)
+
+    @property
+    def evaluation(self) -> type[EvaluationConfig]:
+        """The kind of evaluation that made its curves."""
+        return KINDS[self.config["evaluation"]["name"]]
+
     @property
     def higher_is_better(self) -> bool:
-        return self._evaluation.higher_is_better
+        return self.evaluation.higher_is_better
 
     @property
     def unit(self) -> str:
-        return self._evaluation.unit
-
-    @property
-    def _evaluation(self) -> type[EvaluationConfig]:
-        kinds: tuple[type[EvaluationConfig], ...] = get_args(get_args(Evaluation)[0])
-        name = self.config["evaluation"]["name"]
-        return next(kind for kind in kinds if kind.model_fields["name"].default == name)
+        return self.evaluation.unit
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """A model with all its adversaries: one row of the table."""
+    """A model with all its adversaries: one row of the table.
+
+    What is better, and in which unit, is said by the evaluation that made the adversaries' curves. The model may have
+    been evaluated otherwise.
+    """
 
     label: str
     model: Result
     adversaries: tuple[Result, ...]
 
+    @property
+    def arm(self) -> Arm | None:
+        return self.model.arm
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.adversaries[0].higher_is_better
+
+    @property
+    def unit(self) -> str:
+        return self.adversaries[0].unit
+
     @cached_property
     def worst_case(self) -> Curve:
         """At each step the best forget performance over all adversaries; a diverged one counts up to its end."""
-        best = max if self.model.higher_is_better else min
+        best = max if self.higher_is_better else min
         curves = [adversary.curve("forget") for adversary in self.adversaries]
         steps = sorted(set().union(*curves))
         return {step: best(curve[step] for curve in curves if step in curve) for step in steps}
@@ -88,28 +120,43 @@ class Results:
 
     setting: str
     runs: tuple[Result, ...]
-    stages: tuple[str, ...]
+    stages: tuple[str, ...]  # in the order of the pipeline
+    shown: Shown = field(default_factory=Shown)
+    looks: Mapping[str, Look] = field(default_factory=dict)  # of unlearning methods, by name
 
     @classmethod
-    def read(cls, runs: Path, setting: str, stages: Sequence[str]) -> "Results":
+    def read(
+        cls,
+        runs: Path,
+        setting: str,
+        stages: Sequence[str],
+        shown: Shown | None = None,
+        looks: Mapping[str, Look] | None = None,
+    ) -> "Results":
         """`stages`: their names, in the order of the pipeline (settings/stages.py)."""
-        found = []
-        for stage in stages:
-            for path in sorted((runs / setting / stage).glob("*/run.json")):
-                directory = RunDirectory.at(path.parent)
-                found.append(Result(directory, directory.config, directory.facts))
-        return cls(setting, tuple(found), tuple(stages))
+        directories = [
+            RunDirectory.at(path.parent)
+            for stage in stages
+            for path in sorted((runs / setting / stage).glob("*/run.json"))
+        ]
+        configs = {directory.name: directory.config for directory in directories}
+        found = (Result(d, configs[d.name], d.facts, arm_of(d.name, configs.get)) for d in directories)
+        return cls(setting, tuple(found), tuple(stages), shown or Shown(), looks or {})
 
     def of(self, stage: str) -> list[Result]:
         return [run for run in self.runs if run.name.startswith(f"{stage}/")]
 
-    def named(self, name: str) -> Result | None:
-        return next((run for run in self.runs if run.name == name), None)
+    @cached_property
+    def _by_name(self) -> dict[str, Result]:
+        return {run.name: run for run in self.runs}
 
-    @property
-    def is_wmdp(self) -> bool:
-        """Whether the setting's adversaries are of several kinds, as those of Appendix D.2.5."""
-        return any(run.config.get("adversary") for run in self.of("relearn"))
+    def named(self, name: str) -> Result | None:
+        return self._by_name.get(name)
+
+    def look(self, arm: Arm | None) -> Look:
+        """Of the unlearning method behind a model; a neutral one where there is none, or nobody knows it."""
+        method = method_of(arm) or ""
+        return self.looks.get(method, UNKNOWN._replace(title=method))
 
     @cached_property
     def start(self) -> dict[str, float]:
@@ -117,13 +164,36 @@ class Results:
         return next((run.evaluations[0] for run in self.of("unlearn") if 0 in run.evaluations), {})
 
     @cached_property
+    def taught(self) -> frozenset[str]:
+        """Names of the models that something was distilled from."""
+        return frozenset(run.config["teacher"] for run in self.runs if "teacher" in run.config)
+
+    @cached_property
     def attacked(self) -> tuple[Attacked, ...]:
-        """Relearn runs grouped by model, in the order of the pipeline."""
+        """Relearn runs grouped by model, in the order of the pipeline.
+
+        Raises ConfigError where their curves are of different kinds, such as accuracies and cross entropies: nothing
+        that is said of them together would mean anything.
+        """
         groups: dict[str, list[Result]] = {}
-        for run in self.of("relearn"):
+        attacks = self.of("relearn")
+        for run in attacks:
+            if run.evaluation is not attacks[0].evaluation:
+                raise ConfigError(
+                    f"{attacks[0].name} was evaluated by {attacks[0].unit}, {run.name} by {run.unit}\n"
+                    f"attacks of different kinds cannot be compared: move one kind to another --runs folder"
+                )
             groups.setdefault(run.config["model"], []).append(run)
         models = [(run, groups[run.name]) for run in self.runs if run.name in groups]
-        return tuple(Attacked(group[0].config["variant"], model, tuple(group)) for model, group in models)
+        return tuple(Attacked(group[0].label, model, tuple(group)) for model, group in models)
+
+    @cached_property
+    def _attacked_by_name(self) -> dict[str, Attacked]:
+        return {attacked.model.name: attacked for attacked in self.attacked}
+
+    def attacked_as(self, kind: type) -> list[Attacked]:
+        """All attacked models of one kind of arm."""
+        return [attacked for attacked in self.attacked if isinstance(attacked.arm, kind)]
 
     @cached_property
     def attack_steps(self) -> tuple[int, ...]:
@@ -146,7 +216,7 @@ class Results:
         """
         unlearned = self.unlearned_of(attacked)
         oracle = self.oracle_of(attacked)
-        if attacked.label == "reference" or oracle is None:
+        if isinstance(attacked.arm, Reference) or oracle is None:
             return None
         if attacked is oracle:
             return 1.0
@@ -156,26 +226,71 @@ class Results:
 
     def teacher_of(self, attacked: Attacked) -> Attacked | None:
         """The model it was distilled from, if that has been attacked too."""
-        name = attacked.model.config.get("teacher")
-        return next((a for a in self.attacked if a.model.name == name), None)
+        return self._attacked_by_name.get(attacked.model.config.get("teacher", ""))
 
     def unlearned_of(self, attacked: Attacked) -> Attacked | None:
-        """What a model's robustness starts from: its own teacher; itself, where a later stage could start from it; for
-        any other model without a teacher (SAM, ...) the unlearned model of its seed."""
+        """What a model's robustness starts from: its own teacher; itself, if something is distilled from it or nothing
+        is from any model of its seed; for another model (SAM, ...) the one of its seed that UNDO starts from."""
         if "teacher" in attacked.model.config:
             return self.teacher_of(attacked)
-        if attacked.label.startswith("unlearned"):
+        if attacked.model.name in self.taught:
             return attacked
-        return next((a for a in self.attacked if a.label == "unlearned" and a.model.seed == attacked.model.seed), None)
+        starts = self._undo_starts_from.get(attacked.model.seed)
+        if starts is None and isinstance(attacked.arm, Unlearned):
+            return attacked
+        return starts
+
+    @cached_property
+    def _undo_starts_from(self) -> dict[int, Attacked]:
+        """Seed -> the attacked teacher of the UNDO models of `series`, or of the first distilled model."""
+        found: dict[int, Attacked] = {}
+        for run in [*self.series, *self.of("undo"), *self.of("distill")]:
+            teacher = self._attacked_by_name.get(run.config["teacher"])
+            if teacher is not None and isinstance(teacher.arm, Unlearned):
+                found.setdefault(teacher.model.seed, teacher)
+        return found
+
+    # --- UNDO models that differ in alpha ---------------------------------------------------------------------------
+
+    def _series_of(self, run: Result) -> tuple[Any, ...]:
+        """What two UNDO models have in common that differ in alpha and seed alone."""
+        assert isinstance(run.arm, Undo)
+        teacher = self.named(run.config["teacher"])
+        arm = run.arm
+        return (run.config["teacher"] if teacher is None else teacher.label, arm.beta, arm.distribution, arm.within)
+
+    @cached_property
+    def series(self) -> list[Result]:
+        """The UNDO models over alpha: of all groups that differ in alpha alone the one with most alphas; of equals the
+        one in which the point of `shown.figure_7` is, and then the first."""
+        groups: dict[tuple[Any, ...], list[Result]] = {}
+        for run in self.of("undo"):
+            groups.setdefault(self._series_of(run), []).append(run)
+
+        def worth(group: list[Result]) -> tuple[int, bool]:
+            arms = [run.arm for run in group if isinstance(run.arm, Undo)]
+            return len({arm.alpha for arm in arms}), any(self.is_shown(arm) for arm in arms)
+
+        return max(groups.values(), key=worth, default=[])
+
+    @property
+    def within(self) -> float | None:
+        """The retain threshold of `series`."""
+        return next((run.arm.within for run in self.series if isinstance(run.arm, Undo)), None)
+
+    def is_shown(self, arm: Undo) -> bool:
+        """Whether an UNDO model stands in Figures 7 and 11."""
+        point = self.shown.figure_7
+        return point is None or (point.alpha, point.beta) == (arm.alpha, arm.beta)
+
+    # --- comparisons ------------------------------------------------------------------------------------------------
 
     @cached_property
     def compared(self) -> dict[str, list[Attacked]]:
-        """Who takes part in Figures 7 and 11, by label: every unlearning method, and UNDO: at alpha = 0.6, beta = 0.1
-        over its retain thresholds (Section 6); on WMDP at alpha = 0.25, beta = 0 (D.2.4)."""
+        """Who takes part in Figures 7 and 11, by label: every unlearned model, and UNDO as `shown.figure_7` says."""
         groups: dict[str, list[Attacked]] = {}
         for a in self.attacked:
-            undo = a.label in ("undo_0.6", "undo_maxent", "undo_rmu") or a.label.startswith("undo_0.6_within_")
-            if undo or ("teacher" not in a.model.config and a.label not in ("reference", "oracle")):
+            if isinstance(a.arm, Unlearned) or (isinstance(a.arm, Undo) and self.is_shown(a.arm)):
                 groups.setdefault(a.label, []).append(a)
         return groups
 
@@ -190,6 +305,12 @@ class Results:
             for label, members in self.compared.items()
         }
 
+    @property
+    def directions(self) -> tuple[bool, bool]:
+        """Whether more is better in each number of `medians`."""
+        first = next(iter(self.compared.values()))[0]
+        return first.model.higher_is_better, first.higher_is_better
+
     def compute(self, attacked: Attacked) -> float | None:
         """S_student / S_oracle, S = training steps (Figure 5); None without the oracle."""
         oracle = self.oracle_of(attacked)
@@ -198,8 +319,11 @@ class Results:
     def oracle_of(self, attacked: Attacked) -> Attacked | None:
         """The oracle of the same world: its seed is that of the model's teacher, where there is one."""
         teacher = self.named(attacked.model.config.get("teacher", ""))
-        seed = (teacher or attacked.model).seed
-        return next((a for a in self.attacked if a.label == "oracle" and a.model.seed == seed), None)
+        return self._oracles.get((teacher or attacked.model).seed)
+
+    @cached_property
+    def _oracles(self) -> dict[int, Attacked]:
+        return {a.model.seed: a for a in reversed(self.attacked_as(Oracle))}
 
     @cached_property
     def shown_steps(self) -> tuple[int, ...]:
@@ -223,18 +347,18 @@ class Results:
         """
         rows = []
         for attacked in self.attacked:
-            facts, curve = attacked.model.facts, attacked.worst_case
+            model, curve = attacked.model, attacked.worst_case
             rows.append(
                 {
                     "model": attacked.label,
-                    "seed": attacked.model.seed,
-                    "retain": facts["evaluation"]["retain"],
-                    "forget": facts["evaluation"]["forget"],
+                    "seed": model.seed,
+                    "retain": model.final("retain"),
+                    "forget": model.final("forget"),
                     **{f"forget_{step}": curve.get(step) for step in self.shown_steps},
                     "forget_last": attacked.last,
                     "robustness": self.robustness(attacked),
-                    "steps": facts["steps"],
-                    "flops": facts["flops"],
+                    "steps": model.facts.get("steps"),
+                    "flops": model.facts.get("flops"),
                 }
             )
         return rows

@@ -37,7 +37,7 @@ def across_the_frontier(points: Sequence[Point], start: float, higher_is_better:
     if most <= 0:
         raise ConfigError("no run of the search forgets anything; try higher learning rates or a smaller alpha")
     enough = [point for point in points if forgotten[point] >= most / 2]
-    front = pareto_front({p.run: (p.retain, p.forget) for p in enough}, higher_is_better)
+    front = pareto_front({p.run: (p.retain, p.forget) for p in enough}, (higher_is_better, higher_is_better))
     by_retain = sorted(points, key=lambda p: (p.run in front, p in enough, sign * p.retain), reverse=True)
     kept = max(len(front), len(RANKS))
     best, *middle, worst = sorted(by_retain[:kept], key=lambda p: sign * p.retain, reverse=True)

@@ -72,15 +72,19 @@ class RunDirectory:
     @property
     def failure(self) -> str | None:
         """Why the last attempt failed, or None."""
+        return self._failure.get("reason")
+
+    @property
+    def _failure(self) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / "failure.json").read_text())["reason"]
+            return json.loads((self.folder / "failure.json").read_text())
         except (OSError, ValueError):
-            return None
+            return {}
 
     @property
     def diverged(self) -> bool:
-        """Whether the last attempt failed because its numbers were no longer finite; cli.work names the exception."""
-        return (self.failure or "").startswith(f"{Diverged.__name__}: ")
+        """Whether the last attempt failed because its numbers were no longer finite."""
+        return self._failure.get("diverged") is not None
 
     @property
     def config(self) -> Raw:
@@ -155,10 +159,13 @@ class RunDirectory:
                 return parent
         return None
 
-    def fail(self, reason: str) -> None:
-        """Leave the reason for the launcher, if that is possible: the disk may be what failed."""
+    def fail(self, reason: str, diverged: int | None = None) -> None:
+        """Leave the reason for the launcher, if that is possible: the disk may be what failed.
+
+        diverged: the step whose loss or gradient was not finite, where that is the reason.
+        """
         with suppress(OSError):
-            write_atomically(self.folder / "failure.json", json.dumps({"reason": reason}))
+            write_atomically(self.folder / "failure.json", json.dumps({"reason": reason, "diverged": diverged}))
 
     def forget_failure(self) -> None:
         (self.folder / "failure.json").unlink(missing_ok=True)

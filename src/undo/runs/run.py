@@ -39,10 +39,10 @@ class Run(RunDirectory):
         self._seconds_before = 0.0
         self._tracker = open_tracker(self, config)
 
-    def fail(self, reason: str) -> None:
-        """The first reason stays: of several ranks, the others fail because one did. It alone a follower writes too."""
+    def fail(self, reason: str, diverged: int | None = None) -> None:
+        """Keep the first reason: when one rank fails, the others fail because of it. Followers write this file too."""
         if self.failure is None:
-            super().fail(reason)
+            super().fail(reason, diverged)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl. No clock goes in here: an interrupted run must write the same bytes."""

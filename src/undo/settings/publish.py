@@ -7,31 +7,66 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from undo.config.files import write_atomically
 from undo.config.mistakes import ConfigError
-from undo.experiments.remedy import command_of, remedy
+from undo.config.schema import validate
+from undo.config.sweep import read_yaml
+from undo.experiments.remedy import command_of, remedy, setting_folder
 from undo.report.claims import HEADER, as_rows, check
 from undo.report.figures import FIGURES, draw, figures_of
 from undo.report.figures.missing import Missing
+from undo.report.paper import EXPERIMENTS
 from undo.report.report import report
 from undo.results.results import Results
+from undo.results.shown import Look, Shown
 from undo.results.text import as_text, write_csv
 from undo.settings.stages import STAGES
+from undo.unlearn import UnlearningMethod
+from undo.unlearn.method import Method
 
 if TYPE_CHECKING:
     pass
 
 NAMES = (*FIGURES, "claims")
+FILE = "figures.yaml"  # in a setting's folder of configs
 
 
-def publish(setting: str, runs: Path, names: list[str] | None = None, out: Path | None = None) -> None:
-    """Print the table, write summary.csv and what is named into `out` (default: the setting's folder of runs)."""
+def read(runs: Path, setting: str, shown: Shown | None = None) -> Results:
+    """The results of a setting. `shown`: what its figures compare; None: as its own figures.yaml says."""
+    return Results.read(runs, setting, tuple(STAGES), shown or shown_in(setting_folder(setting)), looks())
+
+
+def shown_in(folder: Path | None) -> Shown:
+    """What a setting's figures.yaml says, or what goes without one. Raises ConfigError for a mistake in it."""
+    if folder is None or not (folder / FILE).exists():
+        return Shown()
+    file = folder / FILE
+    shown = validate(Shown, read_yaml(file), str(file))
+    for key, given, known in (("paper", [shown.paper], EXPERIMENTS), ("figures", shown.figures or (), FIGURES)):
+        if unknown := [name for name in given if name is not None and name not in known]:
+            raise ConfigError(f"{file}: {key}: there is no {unknown[0]!r}; there are: {', '.join(known)}")
+    return shown
+
+
+def looks() -> dict[str, Look]:
+    """How each unlearning method appears in figures, by its name."""
+    kinds: tuple[type[Method], ...] = get_args(get_args(UnlearningMethod)[0])
+    names = ((kind.model_fields["name"].default, kind) for kind in kinds)
+    return {name: Look(kind.title or name, kind.mark, kind.color, kind.student_color) for name, kind in names}
+
+
+def publish(folder: Path, runs: Path, names: list[str] | None = None, out: Path | None = None) -> None:
+    """Print the table, write summary.csv and what is named into `out` (default: the setting's folder of runs).
+
+    folder: of the setting's YAML files; its name is the setting's.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    results = Results.read(runs, setting, tuple(STAGES))
+    setting = folder.resolve().name
+    results = read(runs, setting, shown_in(folder))
     if not results.runs:
         raise ConfigError(f"{runs / setting} holds no finished run; make some with: {command_of(setting)}")
     out = runs / setting if out is None else out
@@ -67,13 +102,13 @@ def publish(setting: str, runs: Path, names: list[str] | None = None, out: Path 
 def not_drawn(setting: str, lacking: Mapping[str, Missing]) -> list[str]:
     """One line for each figure that lacks something: what, and the command that makes it."""
     return [
-        f"{name}: not drawn: {lack.what} is missing; {remedy(setting, lack.runs)}" for name, lack in lacking.items()
+        f"{name}: not drawn: {lack.what} is missing; {remedy(setting, *lack[1:])}" for name, lack in lacking.items()
     ]
 
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description="The results table and the paper's figures from finished runs.")
-    arguments.add_argument("setting", help="for example demo")
+    arguments.add_argument("setting", help="for example demo; or the folder of its YAML files")
     arguments.add_argument("figures", nargs="*", metavar="figure", help=f"of {', '.join(NAMES)} (default: all)")
     arguments.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs/)"
@@ -85,5 +120,8 @@ def main() -> int:
     unknown = [name for name in args.figures if name not in (*NAMES, "all")]
     if unknown:
         raise ConfigError(f"there is no figure {unknown[0]!r}; there are: {', '.join(NAMES)}")
-    publish(args.setting, args.runs, None if not args.figures or "all" in args.figures else args.figures, args.out)
+    folder = Path(args.setting)
+    if not folder.is_dir():
+        folder = setting_folder(args.setting) or folder
+    publish(folder, args.runs, None if not args.figures or "all" in args.figures else args.figures, args.out)
     return 0

@@ -78,7 +78,7 @@ def main() -> int:
     status = cli.launch(args, planned, STAGES)
     if args.dry_run or status == 130:
         return status
-    setting = planned(args)[0][0].directory.setting
-    if any((args.runs / setting).glob("*/*/run.json")):
-        publish(setting, args.runs)
+    folder = find_configs(args.config, "unlearn")[0].parent
+    if any((args.runs / folder.resolve().name).glob("*/*/run.json")):
+        publish(folder, args.runs)
     return status

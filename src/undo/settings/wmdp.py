@@ -146,7 +146,7 @@ def main() -> int:
         return 0
     setting = folder.resolve().name
     if args.stage == "figures":
-        publish(setting, args.runs)
+        publish(folder, args.runs)
         return 0
     stages = PARTS[args.stage] if args.stage else [name for names in PARTS.values() for name in names]
     overrides, made = route(parse_overrides(args.overrides))["unlearn"], list[str]()
@@ -160,5 +160,5 @@ def main() -> int:
             return 0
     status = cli.launch(args, lambda args: planned_in(folder, args, stages, BASE), STAGES, kept=made)
     if args.stage is None and not args.dry_run and status != 130:
-        publish(setting, args.runs)
+        publish(folder, args.runs)
     return status

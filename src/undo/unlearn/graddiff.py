@@ -7,6 +7,10 @@ class GradDiff(Weighted):
     """-L_forget + alpha L_retain, both cross entropies. Section 4, Method A; alpha is Appendix D.1's."""
 
     name: Literal["graddiff"] = "graddiff"
+    title: ClassVar = "GradDiff"
+    mark: ClassVar = "o"
+    color: ClassVar = "#E69F00"
+    student_color: ClassVar = "#56B4E9"
     presets: ClassVar = {"faithful": {"alpha": 1.0}, "faithful_arithmetic": {"alpha": 15.0}}  # D.1
 
     def objective(self, model, reference, rng):

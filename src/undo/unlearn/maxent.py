@@ -12,6 +12,10 @@ class MaxEnt(Weighted):
     """
 
     name: Literal["maxent"] = "maxent"
+    title: ClassVar = "MaxEnt"
+    mark: ClassVar = "o"
+    color: ClassVar = "#D55E00"
+    student_color: ClassVar = "#0072B2"
     presets: ClassVar = {
         "faithful": {"alpha": 1.0, "retain": "cross_entropy"},
         "undo_paper_wmdp": {"convex": True, "retain": "kl", "alpha": 0.3},  # Table 10, bio, the best

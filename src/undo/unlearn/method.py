@@ -21,6 +21,10 @@ class Method(Frozen):
     A config is read without torch, so a method imports `undo.losses` where it uses it, inside `objective`.
     """
 
+    title: ClassVar[str] = ""  # in figures and tables; "": its name
+    mark: ClassVar[str] = "h"  # of its points: a matplotlib marker
+    color: ClassVar[str] = "#777777"  # of its models in figures
+    student_color: ClassVar[str] = "#444444"  # of models that are distilled from them
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # name -> values of keys; keys that are given beside it win
 
     preset: str | None = None

@@ -20,6 +20,10 @@ class RMU(Weighted, OnBlocks):
     """
 
     name: Literal["rmu"] = "rmu"
+    title: ClassVar = "RMU"
+    mark: ClassVar = "o"
+    color: ClassVar = "#CC79A7"
+    student_color: ClassVar = "#009E73"
     presets: ClassVar = {
         "faithful": LANGUAGE,
         "official": {"layer": 7, "trained_layers": [5, 6, 7], "c": 20.0, "alpha": 100.0, "direction": "uniform"},

@@ -13,6 +13,8 @@ class UNDIAL(Method):
     """
 
     name: Literal["undial"] = "undial"
+    title: ClassVar = "UNDIAL"
+    mark: ClassVar = ">"
     presets: ClassVar = {"faithful": {"strength": 5.0}, "open_unlearning": {"strength": 10.0}}
 
     strength: Positive = 5.0

@@ -32,12 +32,15 @@ FIGURES: Final[dict[str, Callable[["Results"], "Figure | Missing"]]] = {
     "fig10": average_relearning_curves,
     "fig11": retain_against_forget,
 }
-WMDP: Final = ("fig8", "fig11")  # of a pretrained model; all others are of models that were trained here
+OF_A_PRETRAINED_MODEL: Final = ("fig8", "fig11")  # all others are of models that were trained here
 
 
 def figures_of(results: "Results") -> list[str]:
-    """The figures that the paper draws of such an experiment."""
-    return [name for name in FIGURES if (name in WMDP) == results.is_wmdp]
+    """Those that the setting's figures.yaml names; else those that the paper draws of such an experiment."""
+    if results.shown.figures is not None:
+        return [name for name in FIGURES if name in results.shown.figures]
+    fetched = bool(results.of("base"))
+    return [name for name in FIGURES if (name in OF_A_PRETRAINED_MODEL) == fetched]
 
 
 def draw(names: Iterable[str], results: "Results", folder: Path) -> tuple[list[Path], dict[str, Missing]]:

@@ -1,20 +1,16 @@
 """Figure 5: robustness against compute over alpha, and the relearning curves behind it."""
 
 from statistics import median
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from undo.report.figures.missing import Missing
-from undo.report.figures.relearning import alpha_of, curves, legend
+from undo.report.figures.relearning import ORACLE, UNLEARNED, curves, legend
+from undo.results.arms import Distilled, Undo
 from undo.results.results import Attacked, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-ALPHAS: Final = {  # whose relearning curves the paper shows
-    "language": (0.2, 0.4, 0.6, 0.8),
-    "arithmetic": (0.55, 0.65, 0.7, 0.75),
-}
 
 
 def robustness_against_compute(results: Results) -> "Figure | Missing":
@@ -22,51 +18,75 @@ def robustness_against_compute(results: Results) -> "Figure | Missing":
 
     Compute is S_student / S_oracle, S = training steps. Curves are those of the first seed.
     """
-    from undo.report.figures.style import color_of, panels
+    from undo.report.figures.style import panels, shade
 
-    groups: dict[str, list[Attacked]] = {}
-    for attacked in results.attacked:
-        plain = attacked.label == "distilled" or attacked.label == f"undo_{alpha_of(attacked)}"
-        if plain and results.robustness(attacked) is not None and results.compute(attacked) is not None:
-            groups.setdefault(attacked.label, []).append(attacked)
+    groups = _groups(results)
     if not groups:
-        return Missing("an attacked UNDO model with its teacher and oracle", "relearn/*")
+        return Missing(
+            "an attacked UNDO model with its teacher and oracle",
+            "relearn",
+            lambda arm: isinstance(arm, Undo),
+            "relearn/undo_*",
+        )
     figure, (scaling, relearning) = panels(2, sharey=False)
     figure.set_size_inches(6.8, 3.0)
-    _scaling(scaling, results, list(groups.values()))
+    _scaling(scaling, results, groups)
     first = min(a.model.seed for members in groups.values() for a in members)
-    undo = [a for members in groups.values() for a in members if a.model.seed == first and alpha_of(a) is not None]
-    wanted = ALPHAS.get(results.setting)
-    shown = [a for a in undo if wanted is None or alpha_of(a) in wanted] or undo
-    shown.sort(key=lambda a: alpha_of(a) or 0)
-    some = undo or groups["distilled"]
-    for attacked, look in (
-        (results.teacher_of(some[0]), ("#D55E00", "unlearn")),
-        *((a, (color_of(a.label, alpha_of(a)), f"α = {alpha_of(a):g}")) for a in shown),
-        (results.oracle_of(some[0]), ("#000000", "data filtering (oracle)")),
-    ):
-        if attacked is not None:
-            curves(relearning, attacked, look)
+    undo = sorted(
+        (
+            (alpha, a)
+            for alpha, members in groups.items()
+            for a in members
+            if a.model.seed == first and alpha is not None
+        ),
+        key=lambda pair: pair[0],
+    )
+    wanted = results.shown.figure_5
+    shown = [(alpha, a) for alpha, a in undo if wanted is None or alpha in wanted.alphas] or undo
+    some = undo[0][1] if undo else groups[None][0]
+    teacher, oracle = results.teacher_of(some), results.oracle_of(some)
+    if teacher is not None:
+        curves(relearning, teacher, UNLEARNED)
+    for alpha, attacked in shown:
+        curves(relearning, attacked, (shade(alpha), f"α = {alpha:g}"))
+    if oracle is not None:
+        curves(relearning, oracle, ORACLE)
     relearning.set_xlabel("relearning steps", fontsize=8)
-    relearning.set_ylabel(f"forget {results.attacked[0].model.unit}", fontsize=8)
+    relearning.set_ylabel(f"forget {results.attacked[0].unit}", fontsize=8)
     legend(figure, [relearning])
     return figure
 
 
-def _scaling(axis: "Axes", results: Results, groups: list[list[Attacked]]) -> None:
-    from undo.report.figures.style import INK, color_of
+def _groups(results: Results) -> dict[float | None, list[Attacked]]:
+    """Alpha -> the UNDO models that differ in alpha alone; None -> the random student of the same teachers."""
+    names, teachers = {run.name for run in results.series}, {run.config["teacher"] for run in results.series}
+    groups: dict[float | None, list[Attacked]] = {}
+    for a in results.attacked:
+        if isinstance(a.arm, Undo) and a.model.name in names:
+            alpha = a.arm.alpha
+        elif isinstance(a.arm, Distilled) and (not teachers or a.model.config["teacher"] in teachers):
+            alpha = None
+        else:
+            continue
+        if results.robustness(a) is not None and results.compute(a) is not None:
+            groups.setdefault(alpha, []).append(a)
+    return groups
+
+
+def _scaling(axis: "Axes", results: Results, groups: dict[float | None, list[Attacked]]) -> None:
+    from undo.report.figures.style import COLORS, INK, shade
 
     points = []
-    for members in groups:
+    for alpha, members in groups.items():
         xs, ys = [results.compute(a) or 0 for a in members], [results.robustness(a) or 0 for a in members]
-        x, y, alpha = median(xs), median(ys), alpha_of(members[0])
+        x, y = median(xs), median(ys)
         axis.errorbar(
             x,
             y,
             xerr=[[x - min(xs)], [max(xs) - x]],
             yerr=[[y - min(ys)], [max(ys) - y]],
             fmt="s" if alpha is None else "o",
-            color=color_of(members[0].label, alpha),
+            color=COLORS["student"] if alpha is None else shade(alpha),
             markersize=6,
             capsize=2,
         )
@@ -89,8 +109,8 @@ def _scaling(axis: "Axes", results: Results, groups: list[list[Attacked]]) -> No
     )
     axis.set_xlabel("compute: steps / steps of data filtering", fontsize=8)
     axis.set_ylabel("robustness to relearning", fontsize=8)
-    counts = {len({a.model.seed for a in members}) for members in groups}  # the points need not have as many each
+    counts = {len({a.model.seed for a in members}) for members in groups.values()}
     seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
-    last = max(groups[0][0].worst_case)
+    last = max(next(iter(groups.values()))[0].worst_case)
     axis.set_title(f"{seeds} seed{'s' * (max(counts) > 1)} a point, after {last} relearning steps", fontsize=8)
     axis.margins(0.14)

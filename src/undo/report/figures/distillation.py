@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from undo.report.figures.missing import Missing
 from undo.report.figures.relearning import legend
-from undo.report.figures.unlearning import NAMES as METHODS
+from undo.results.arms import Distilled
 from undo.results.results import Results
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ def distillation_trends(results: Results) -> "Figure | Missing":
     """
     from undo.report.figures.style import COLORS, panels
 
-    runs = [run for run in results.of("distill") if run.config["variant"].startswith("distilled")]
+    runs = [run for run in results.of("distill") if isinstance(run.arm, Distilled)]
     if not runs:
-        return Missing("a distilled student", "distill/distilled*")
+        return Missing("a distilled student", "distill", lambda arm: isinstance(arm, Distilled), "distill/distilled*")
     first = min(run.seed for run in runs)
     runs = sorted((run for run in runs if run.seed == first), key=lambda run: run.config["teacher"])
     figure, axes = panels(len(runs))
@@ -32,8 +32,7 @@ def distillation_trends(results: Results) -> "Figure | Missing":
             if teacher is not None:
                 level = teacher.facts["evaluation"][role]
                 axis.axhline(level, color=COLORS[role], linewidth=1, linestyle="--", label=f"{role}, teacher")
-        method: str = run.config["teacher"].partition("/")[2].partition("-")[0]
-        axis.set_title(METHODS.get(method, method), fontsize=9)
+        axis.set_title(results.look(run.arm).title or "unlearned", fontsize=9)
         axis.set_xlabel("distillation steps", fontsize=8)
     axes[0].set_ylabel(runs[0].unit, fontsize=8)
     legend(figure, axes)

@@ -3,15 +3,16 @@
 from typing import TYPE_CHECKING, Final
 
 from undo.report.figures.missing import Missing
+from undo.results.arms import Matched, Oracle
 from undo.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAMES: Final = {
-    "matched_reference": ("student (reference)", "#D55E00"),
-    "matched_random": ("student (random)", "#0072B2"),
-    "oracle": ("oracle teacher", "#000000"),
+LOOKS: Final = {
+    Matched("reference"): ("student (reference)", "#D55E00"),
+    Matched("random"): ("student (random)", "#0072B2"),
+    Oracle(): ("oracle teacher", "#000000"),
 }
 
 
@@ -22,15 +23,19 @@ def oracle_matching(results: Results) -> "Figure | Missing":
     """
     from undo.report.figures.style import panels
 
-    found = [a for a in results.attacked if a.label in NAMES]
-    students = [a for a in found if a.label != "oracle"]
+    found = [(a, LOOKS[a.arm]) for a in results.attacked if isinstance(a.arm, Matched | Oracle)]
+    students = results.attacked_as(Matched)
     if not students:
-        return Missing("an oracle-matched student that has been attacked", "relearn/matched_*")
+        return Missing(
+            "an oracle-matched student that has been attacked",
+            "relearn",
+            lambda arm: isinstance(arm, Matched),
+            "relearn/matched_*",
+        )
     first = min(a.model.seed for a in students)
     figure, (losses, curves) = panels(2, sharey=False)
-    for attacked in (a for a in found if a.model.seed == first):
-        name, color = NAMES[attacked.label]
-        if attacked in students:
+    for attacked, (name, color) in (pair for pair in found if pair[0].model.seed == first):
+        if isinstance(attacked.arm, Matched):
             loss = [(r["step"], r["loss/kl"]) for r in attacked.model.directory.records() if "loss/kl" in r]
             losses.plot(*zip(*loss, strict=True), color=color, linewidth=1.2)
         for adversary in attacked.adversaries:
@@ -41,7 +46,7 @@ def oracle_matching(results: Results) -> "Figure | Missing":
     losses.set_yscale("log")
     losses.set_ylabel("KL to the oracle (nats)", fontsize=8)
     losses.set_xlabel("distillation steps", fontsize=8)
-    curves.set_ylabel(f"forget {found[0].model.unit}", fontsize=8)
+    curves.set_ylabel(f"forget {students[0].unit}", fontsize=8)
     curves.set_xlabel("relearning steps", fontsize=8)
     figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
     return figure

@@ -3,7 +3,9 @@
 from statistics import median
 from typing import TYPE_CHECKING
 
+from undo.corrupt import Noise
 from undo.report.figures.missing import Missing
+from undo.results.arms import Undo
 from undo.results.results import Attacked, Result, Results
 
 if TYPE_CHECKING:
@@ -21,11 +23,16 @@ def noise_grid(results: Results) -> "Figure | Missing":
     def point(run: Result) -> tuple[float, float]:
         return run.config["noise"]["alpha"], run.config["noise"]["beta"]
 
-    runs = [run for run in results.of("undo") if run.config["retain_threshold"] == 0.05]
+    runs = [run for run in results.of("undo") if isinstance(run.arm, Undo) and run.arm.within == results.within]
     betas = sorted({point(run)[1] for run in runs})
     alphas = sorted({a for a, _ in map(point, runs) if len({b for c, b in map(point, runs) if c == a}) > 1})
     if not alphas:
-        return Missing("an alpha that was tried with several betas", "relearn/undo_*_beta_*")
+        return Missing(
+            "an alpha that was tried with several betas",
+            "relearn",
+            lambda arm: isinstance(arm, Undo) and arm.beta != Noise.model_fields["beta"].default,
+            "relearn/undo_*_beta_*",
+        )
     first = min(run.seed for run in runs)
     attacked: dict[tuple[float, float], Attacked] = {
         point(a.model): a for a in results.attacked if a.model in runs and a.model.seed == first
@@ -44,7 +51,7 @@ def noise_grid(results: Results) -> "Figure | Missing":
         for axis in axes:
             axis.set_ylim(min(every) - 0.02 * abs(max(every)), max(every) * 1.04)
         figure.legend(fontsize=8, loc="outside lower center", ncols=6, frameon=False)
-    axes[0].set_ylabel(f"forget {runs[0].unit}", fontsize=8)
+    axes[0].set_ylabel(f"forget {results.attacked[0].unit if attacked else runs[0].unit}", fontsize=8)
     cost = [[[run.facts["steps"] for run in runs if point(run) == (a, b)] for b in betas] for a in alphas]
     numbers = [[median(steps) if steps else float("nan") for steps in row] for row in cost]
     matrix.imshow(numbers, cmap="cividis", aspect="auto")

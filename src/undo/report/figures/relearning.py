@@ -1,9 +1,9 @@
 """Figures 4 and 10: relearning curves of each method, with and without distillation."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from undo.report.figures.missing import Missing
-from undo.report.figures.unlearning import NAMES as METHODS
+from undo.results.arms import Distilled, Oracle, method_of
 from undo.results.results import Attacked, Results
 
 if TYPE_CHECKING:
@@ -30,34 +30,40 @@ def _panels(results: Results, bold: Summary) -> "Figure | Missing":
     """
     from undo.report.figures.style import panels
 
-    students = [a for a in results.attacked if a.label.startswith("distilled")]
+    students = results.attacked_as(Distilled)
     if not students:
-        return Missing("a distilled student that has been attacked", "relearn/distilled*")
+        return Missing(
+            "a distilled student that has been attacked",
+            "relearn",
+            lambda arm: isinstance(arm, Distilled),
+            "relearn/distilled*",
+        )
     first = min(a.model.seed for a in students)
-    students = sorted((a for a in students if a.model.seed == first), key=lambda a: method_of(a) or "")
+    students = sorted((a for a in students if a.model.seed == first), key=lambda a: method_of(a.arm) or "")
     figure, axes = panels(len(students))
     for axis, student in zip(axes, students, strict=True):
-        found = (results.teacher_of(student), student, results.oracle_of(student))
-        for attacked in found:
-            if attacked is not None:
-                curves(axis, attacked, ROLES[attacked.label.partition("_")[0]], bold)
-        axis.set_title(METHODS.get(method_of(student) or "", "unlearned"), fontsize=9)
+        teacher, oracle = results.teacher_of(student), results.oracle_of(student)
+        if teacher is not None:
+            curves(axis, teacher, UNLEARNED, bold)
+        curves(axis, student, STUDENT, bold)
+        if oracle is not None:
+            curves(axis, oracle, ORACLE, bold)
+        axis.set_title(results.look(student.arm).title or "unlearned", fontsize=9)
         axis.set_xlabel("relearning steps", fontsize=8)
-    axes[0].set_ylabel(f"forget {students[0].model.unit}", fontsize=8)
-    if not students[0].model.higher_is_better:  # unlearned models start at any cross entropy: what follows matters
+    axes[0].set_ylabel(f"forget {students[0].unit}", fontsize=8)
+    if not students[0].higher_is_better:  # unlearned models start at any cross entropy: what follows matters
         drawn = [a for s in students for a in (results.teacher_of(s), s, results.oracle_of(s)) if a is not None]
         under_attack = [value for a in drawn for step, value in a.worst_case.items() if step > 0]
-        low, high = min(under_attack), max(*under_attack, *(a.worst_case[0] for a in drawn if a.label == "oracle"))
+        starts = [a.worst_case[0] for a in drawn if isinstance(a.arm, Oracle)]
+        low, high = min(under_attack), max(*under_attack, *starts)
         axes[0].set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
     legend(figure, axes)
     return figure
 
 
-ROLES = {  # what a model is in Figures 4 and 10: colour and name
-    "unlearned": ("#D55E00", "unlearn"),
-    "distilled": ("#0072B2", "unlearn and distill"),
-    "oracle": ("#000000", "data filtering (oracle)"),
-}
+UNLEARNED: Final = ("#D55E00", "unlearn")  # colour and name
+STUDENT: Final = ("#0072B2", "unlearn and distill")
+ORACLE: Final = ("#000000", "data filtering (oracle)")
 
 
 def curves(axis: "Axes", attacked: Attacked, look: tuple[str, str], bold: Summary = "worst case") -> None:
@@ -75,33 +81,3 @@ def legend(figure: "Figure", axes: "list[Axes]") -> None:
     found = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     columns = max(1, int(figure.get_figwidth() // 1.7))  # inches: the width of the longest name
     figure.legend(found.values(), found.keys(), fontsize=8, loc="outside lower center", ncols=columns, frameon=False)
-
-
-def method_of(attacked: Attacked) -> str | None:
-    """The unlearning method behind a distilled model: its teacher's."""
-    stage, _, name = attacked.model.config.get("teacher", "").partition("/")
-    return name.partition("-")[0] if stage == "unlearn" else None
-
-
-def alpha_of(attacked: Attacked) -> float | None:
-    noise = attacked.model.config.get("noise")
-    return None if noise is None else noise["alpha"]
-
-
-def describe(attacked: Attacked) -> str:
-    """The name of a model in a legend that holds models of all kinds."""
-    alpha = alpha_of(attacked)
-    if attacked.label in ("undo_maxent", "undo_rmu"):
-        return f"UNDO of {METHODS[attacked.label.partition('_')[2]]}"
-    if alpha is not None:
-        noise, within = attacked.model.config["noise"], attacked.model.config["retain_threshold"]
-        beta = "" if noise["beta"] == 0.1 else f", β = {noise['beta']:g}"
-        return f"UNDO, α = {alpha:g}{beta}" + ("" if within in (0.05, None) else f", within {within:.0%}")
-    if attacked.label == "oracle":
-        return "oracle (data filtering)"
-    kind, _, method = attacked.label.partition("_")
-    names = {"unlearned": "unlearn only", "distilled": "unlearn and distill"}
-    if kind in names:
-        method = method or attacked.model.config.get("method", {}).get("name", "")
-        return names[kind] + (f", {METHODS.get(method, method)}" if method else "")
-    return METHODS.get(kind, kind) + (f" {method.replace('_', ', ')}" if method else "")

@@ -7,25 +7,19 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure  # without pyplot: files only, no display, no global state
 
+from undo.corrupt import Noise
+from undo.results.arms import Distilled, Oracle, Reference, Undo, Unlearned, method_of
+from undo.results.results import Attacked, Results
+
 INK: Final = "#222222"
 COLORS: Final = {  # Okabe and Ito
+    "retain": "#0072B2",
+    "forget": "#D55E00",
     "reference": "#999999",
     "oracle": "#000000",
     "unlearned": "#D55E00",
-    "distilled": "#0072B2",
-    "unlearned_graddiff": "#E69F00",
-    "unlearned_rmu": "#CC79A7",
-    "distilled_graddiff": "#56B4E9",
-    "distilled_rmu": "#009E73",
-    "maxent": "#D55E00",
-    "rmu": "#CC79A7",
-    "undo_maxent": "#0072B2",
-    "undo_rmu": "#009E73",
-    "retain": "#0072B2",
-    "forget": "#D55E00",
+    "student": "#0072B2",
 }
-BASELINES: Final = ("sam", "smoothing", "repnoise", "undial", "npo", "simnpo", "uam")  # each a mark of its own
-MARKS: Final = "Pv<>XDp"
 PANEL: Final = (2.5, 2.1)  # inches
 
 
@@ -45,13 +39,48 @@ def panels(count: int, columns: int = 4, sharey: bool = True) -> tuple[Figure, l
     return figure, flat[:count]
 
 
-def color_of(label: str, alpha: float | None = None) -> str:
-    """A model's own colour; UNDO's runs from light to dark with alpha; the other baselines grey, with their marks."""
-    if label.partition("_")[0] in BASELINES:
-        return "#777777"
-    if alpha is None or label in COLORS:
-        return COLORS.get(label) or COLORS.get(label.partition("_")[0], INK)
-    return shade(alpha)
+def color_of(attacked: Attacked, results: Results) -> str:
+    """Reference and oracle have colours of their own, unlearned models their method's; UNDO's runs from light to dark
+    with alpha, or has its teacher's method's where there are several."""
+    match attacked.arm:
+        case Reference():
+            return COLORS["reference"]
+        case Oracle():
+            return COLORS["oracle"]
+        case Undo(alpha) if not of_several_methods(results):
+            return shade(alpha)
+        case Undo() | Distilled():
+            return results.look(attacked.arm).student_color
+        case Unlearned():
+            return results.look(attacked.arm).color
+    return COLORS["student"]
+
+
+def of_several_methods(results: Results) -> bool:
+    """Whether UNDO models of different unlearning methods are compared."""
+    every = (members[0].arm for members in results.compared.values())
+    return len({method_of(arm) for arm in every if isinstance(arm, Undo)}) > 1
+
+
+def describe(attacked: Attacked, results: Results) -> str:
+    """The name of a model in a legend that holds models of all kinds."""
+    title = results.look(attacked.arm).title
+    match attacked.arm:
+        case Undo(alpha, beta, within=within):
+            if of_several_methods(results):
+                return f"UNDO of {title}"
+            noise = f"UNDO, α = {alpha:g}" + ("" if beta == Noise.model_fields["beta"].default else f", β = {beta:g}")
+            return noise + ("" if within in (results.within, None) else f", within {within:.0%}")
+        case Reference():
+            return "reference"
+        case Oracle():
+            return "oracle (data filtering)"
+        case Distilled():
+            return f"unlearn and distill, {title}"
+        case Unlearned():
+            several = sum(a.arm == attacked.arm and a.model.seed == attacked.model.seed for a in results.attacked) > 1
+            return f"{title}: {attacked.label}" if several else title
+    return attacked.label
 
 
 def shade(share: float) -> str:

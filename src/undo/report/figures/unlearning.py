@@ -3,27 +3,15 @@
 from typing import TYPE_CHECKING, Final
 
 from undo.report.figures.missing import Missing
+from undo.report.tables import main_sweeps
+from undo.results.arms import Unlearned
 from undo.results.results import Result, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-NAMES: Final[dict[str, str]] = {
-    "graddiff": "GradDiff",
-    "maxent": "MaxEnt",
-    "rmu": "RMU",
-    "sam": "SAM",
-    "smoothing": "smoothing",
-    "repnoise": "RepNoise",
-    "undial": "UNDIAL",
-    "npo": "NPO",
-    "simnpo": "SimNPO",
-    "uam": "UAM",
-}
-
-
-SHOWN: Final = ("graddiff", "maxent", "rmu")
+SHOWN: Final = ("graddiff", "maxent", "rmu")  # the paper's, and whatever later stages start from
 
 
 def unlearning_tradeoff(results: Results) -> "Figure | Missing":
@@ -34,22 +22,20 @@ def unlearning_tradeoff(results: Results) -> "Figure | Missing":
     """
     from undo.report.figures.style import COLORS, panels
 
-    runs = [
-        r for r in results.of("unlearn") if r.config["method"]["name"] in SHOWN and "_wide" not in r.config["variant"]
-    ]
+    main = main_sweeps(results)
+    runs = [r for r in results.of("unlearn") if _is_shown(r, results) and r.label in main[r.config["method"]["name"]]]
     if not runs:
-        return Missing("an unlearned model", "unlearn/*")
+        return Missing("an unlearned model", "unlearn", lambda arm: isinstance(arm, Unlearned), "unlearn/*")
     first = min(run.seed for run in runs)
     methods: dict[str, list[Result]] = {}
     for run in runs:
         if run.seed == first:
             methods.setdefault(run.config["method"]["name"], []).append(run)
-    chosen = {run.config["teacher"] for stage in ("distill", "undo") for run in results.of(stage)}
     figure, axes = panels(len(methods))
-    for axis, (method, members) in zip(axes, methods.items(), strict=True):
+    for axis, members in zip(axes, methods.values(), strict=True):
         members = sorted(members, key=lambda run: run.config["training"]["learning_rate"])
         for rank, run in enumerate(members):
-            thick = run.name in chosen
+            thick = run.name in results.taught
             for role, style in (("retain", "-"), ("forget", "--")):
                 curve = run.curve(role)
                 axis.plot(
@@ -61,7 +47,7 @@ def unlearning_tradeoff(results: Results) -> "Figure | Missing":
                     alpha=0.3 + 0.7 * (rank + 1) / len(members),
                 )
         rates = ", ".join(f"{run.config['training']['learning_rate']:g}" for run in members)
-        axis.set_title(f"{NAMES.get(method, method)}\nlearning rates {rates}", fontsize=8)
+        axis.set_title(f"{results.look(members[0].arm).title}\nlearning rates {rates}", fontsize=8)
         axis.set_xlabel("unlearning steps", fontsize=8)
     axes[0].set_ylabel(runs[0].unit, fontsize=8)
     lines = [axes[0].plot([], [], style, color=COLORS[role])[0] for role, style in (("retain", "-"), ("forget", "--"))]
@@ -75,3 +61,7 @@ def unlearning_tradeoff(results: Results) -> "Figure | Missing":
         frameon=False,
     )
     return figure
+
+
+def _is_shown(run: Result, results: Results) -> bool:
+    return run.config["method"]["name"] in SHOWN or run.name in results.taught
