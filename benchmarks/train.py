@@ -165,7 +165,9 @@ def ours(case: str, side: Side, args: argparse.Namespace, student: Any, teacher:
             config = StageConfig.model_validate({"name": "x", "execution": execution})
             run.claim(config)
             run.open(config)
-            train(student, objective, streams, training, run, lambda step, full: Measured({}, 0))
+            train(
+                student, objective, streams, training, run.configured.execution, run, lambda step, full: Measured({}, 0)
+            )
             return next(line["loss"] for line in run.records() if "loss" in line)
 
     return once

@@ -1,6 +1,6 @@
 """Shrink-and-perturb: theta' = (1 - alpha) theta + alpha beta N (Section 5; pseudocode in Appendix C)."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from undo.config.schema import Frozen, NonNegative, Share
 
@@ -24,21 +24,27 @@ class Noise(Frozen):
     distribution: Literal["xavier", "init"] = "xavier"
     norms: Literal["paper", "keep"] | None = None
 
-    def apply(self, model: "nn.Module", fresh: "nn.Module", rng: "torch.Generator") -> None:
-        """Perturb `model` in place. `fresh` is a random initialisation of the same architecture.
+    def apply(self, model: "nn.Module", fresh: "nn.Module | None" = None, rng: "torch.Generator | None" = None) -> None:
+        """Perturb `model` in place.
 
-        A tied matrix is visited once. Raises ValueError for a weight of more than two dimensions.
+        fresh: a random initialisation of the same architecture; only `distribution: init` needs it. Without it each
+        vector's own module is initialised anew, to see where the architecture starts it. rng: of the Xavier noise;
+        None: torch's global generator. A tied matrix is visited once. Raises ValueError for a weight of more than two
+        dimensions, and where a fresh model is needed and not given.
         """
         import torch
 
-        initial = dict(fresh.named_parameters())
+        if fresh is None and self.distribution == "init":
+            raise ValueError("distribution: init draws from a fresh model of the same architecture; give it as `fresh`")
+        initial = None if fresh is None else dict(fresh.named_parameters())
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.ndim > 2:
                     raise ValueError(f"no noise is defined for {name} of shape {tuple(weight.shape)}")
-                if weight.ndim < 2 and (bool(initial[name].any()) if self.norms is None else self.norms == "keep"):
+                if weight.ndim < 2 and self._keeps(name, model, initial):
                     continue
                 if self.distribution == "init":
+                    assert initial is not None
                     sample = initial[name]
                 elif weight.ndim == 2:
                     sample = torch.empty_like(weight)
@@ -46,3 +52,34 @@ class Noise(Frozen):
                 else:
                     sample = torch.zeros_like(weight)
                 weight.mul_(1 - self.alpha).add_(sample, alpha=self.alpha * self.beta)
+
+    def _keeps(self, name: str, model: "nn.Module", initial: "dict[str, nn.Parameter] | None") -> bool:
+        """Whether the vector of this name is left alone."""
+        if self.norms is not None:
+            return self.norms == "keep"
+        return not starts_at_zero(name, model) if initial is None else bool(initial[name].any())
+
+
+def starts_at_zero(name: str, model: "nn.Module") -> bool:
+    """Whether the model's architecture initialises the vector of this name to 0, without a second model.
+
+    The module that holds it is copied and initialised anew, by the model's own rule (transformers' `_init_weights`) or
+    by torch's. Biases of layers with a matrix start at 0 in the library; those layers are not copied.
+    """
+    from copy import deepcopy
+
+    import torch
+
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    if any(weight.ndim > 1 for weight in module.parameters(recurse=False)):
+        return key == "bias"
+    copy = deepcopy(module)
+    setattr(copy, key, torch.nn.Parameter(torch.full_like(getattr(module, key), torch.nan)))
+    initialise = cast(Any, getattr(model, "_init_weights", None))
+    with torch.random.fork_rng(), torch.no_grad():
+        if initialise is not None:
+            initialise(copy)
+        elif hasattr(copy, "reset_parameters"):
+            cast(Any, copy).reset_parameters()
+    return not bool(getattr(copy, key).any())  # not-a-number, which nothing initialised, is not 0

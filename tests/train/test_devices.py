@@ -159,7 +159,7 @@ def unlearn(folder: Path, data, method, divided: bool, stop_at: int | None = Non
     def evaluate(*_):
         return Measured({"retain": 0.0, "forget": 0.0}, 1)
 
-    train(model, objective, streams, config.training, run, evaluate, step=step)
+    train(model, objective, streams, config.training, config.execution, run, evaluate, step=step)
     run.record(9, {name: float(shard.whole(w).detach().norm()) for name, w in model.named_parameters()})
 
 

@@ -58,7 +58,9 @@ def go(
     model = model or lively(SHAPE.build(0))
     terms = objective(model) if objective else lambda batch: {"ce": cross_entropy(model, batch["train"])}
     steps = config.training.steps
-    outcome = train(model, terms, {"train": stream(data, rows, steps)}, config.training, run, evaluate, **options)
+    outcome = train(
+        model, terms, {"train": stream(data, rows, steps)}, config.training, config.execution, run, evaluate, **options
+    )
     return model, outcome
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from undo.config.schema import Role
-from undo.data.store import TokenStore
+from undo.data.rows import Rows
 from undo.lm.tokens import Tokens, collate
 
 
@@ -16,7 +16,7 @@ class MixedStream:
     """
 
     def __init__(
-        self, stores: Mapping[Role, TokenStore], shares: Mapping[Role, float], rows: int, steps: int, seed: int
+        self, stores: Mapping[Role, Rows], shares: Mapping[Role, float], rows: int, steps: int, seed: int
     ) -> None:
         self._roles: list[Role] = [role for role, share in shares.items() if share > 0]
         self._stores = [stores[role] for role in self._roles]

@@ -17,7 +17,7 @@ from transformers import (
 
 from undo.config.mistakes import ConfigError
 from undo.lm.attention import masks, unsupported
-from undo.lm.tokens import Tokens
+from undo.lm.tokens import Tokens, check_tokens
 
 if TYPE_CHECKING:
     pass
@@ -42,8 +42,9 @@ def head(model: PreTrainedModel) -> Head:
 def hidden_states(model: PreTrainedModel, tokens: Tokens, layer: int | None = None) -> Tensor:
     """[rows, length, hidden]: what the head reads, or with `layer` the output of that block (0-based).
 
-    With `layer` the blocks above it do not run.
+    With `layer` the blocks above it do not run. Raises TypeError for anything but Tokens.
     """
+    check_tokens(tokens)
     if layer is None:
         return model.base_model(**_inputs(model, tokens)).last_hidden_state
     every = blocks(model)

@@ -1,6 +1,6 @@
 """What a language model reads: a batch of packed rows, and how documents are laid into one."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Self
@@ -9,6 +9,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 IGNORE: Final = -100  # the label of a position without a target
@@ -34,6 +35,39 @@ class Tokens:
     total: int
     documents: int
     marked: "torch.Tensor | None" = None
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: "torch.Tensor",
+        attention_mask: "torch.Tensor | None" = None,
+        labels: "torch.Tensor | None" = None,
+    ) -> Self:
+        """A batch as a Hugging Face tokenizer makes it, each row a document: the door to the losses from outside.
+
+        input_ids: int [rows, length]. attention_mask: [rows, length], 0 where a row is padded, on the left or on the
+        right; None: nowhere. labels: as transformers has them, not shifted, and -100 where there is no target; None:
+        every token is one. Raises ValueError for other shapes, or a mask with holes.
+        """
+        import torch
+
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [rows, length], not of shape {tuple(input_ids.shape)}")
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        targets = input_ids if labels is None else labels
+        if real.shape != input_ids.shape or targets.shape != input_ids.shape:
+            raise ValueError("attention_mask and labels must have the shape of input_ids")
+        starts = real & ~torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], 1)  # where a document begins
+        if bool((starts.sum(1) > 1).any()):
+            raise ValueError("attention_mask has a hole: the tokens of a row must stand side by side")
+        where = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        ends = ~real & torch.cat([torch.zeros_like(real[:, :1]), real[:, :-1]], 1)  # where padding begins again
+        positions = where - torch.where(starts | ends, where, 0).cummax(1).values
+        shifted = torch.full_like(input_ids, IGNORE, dtype=torch.int64)
+        follows = real[:, :-1] & real[:, 1:]
+        shifted[:, :-1] = targets[:, 1:].masked_fill(~follows, IGNORE)
+        has_labels = (shifted != IGNORE).any(1)
+        return cls(input_ids.long(), positions, shifted, int((shifted != IGNORE).sum()), int(has_labels.sum()))
 
     def rows(self, start: int, stop: int | None = None, step: int = 1) -> Self:
         part = slice(start, stop, step)
@@ -81,6 +115,20 @@ class Tokens:
 
 
 Batch = Mapping[str, Tokens]
+
+
+def check_tokens(tokens: object) -> None:
+    """Raises TypeError with the way out for whatever is not a Tokens: a tensor, or a batch of a tokenizer."""
+    if not isinstance(tokens, Tokens):
+        raise TypeError(
+            f"this needs a Tokens, not a {type(tokens).__name__}; make one with Tokens.of(input_ids, attention_mask)"
+        )
+
+
+def enclosed(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
+    """<bos> ids <eos> of one document, uint32 [tokens]; without what the model's family does not have."""
+    ends = [[] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
+    return np.array([*ends[0], *ids, *ends[1]], dtype=np.uint32)
 
 
 def collate(rows: Iterable[list[np.ndarray]], length: int | None = None) -> Tokens:

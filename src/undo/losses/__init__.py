@@ -11,24 +11,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from undo.lm.read import Head, head, hidden_states
-from undo.lm.tokens import Tokens
+from undo.lm.tokens import Tokens, check_tokens
 from undo.losses.linear import linear_loss, linear_losses
 from undo.losses.targets import CrossEntropy, ForwardKL, LoweredKL, UniformKL
 
 
 def cross_entropy(model: PreTrainedModel, tokens: Tokens) -> Tensor:
     """Mean of -log p(label) over the labels. Scalar."""
+    check_tokens(tokens)
     target = CrossEntropy(tokens.at_labels(tokens.labels))
     return linear_loss(tokens.at_labels(hidden_states(model, tokens)), head(model), target) / tokens.total
 
 
 def uniform_kl(model: PreTrainedModel, tokens: Tokens) -> Tensor:
     """Mean of KL(U || p) over the labelled positions, U uniform over the vocabulary (Section 4, Method B). Scalar."""
+    check_tokens(tokens)
     return linear_loss(tokens.at_labels(hidden_states(model, tokens)), head(model), UniformKL()) / tokens.total
 
 
 def forward_kl(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens) -> Tensor:
     """Mean of KL(teacher || student) over the labelled positions (Section 4, Unlearn-and-Distill). Scalar."""
+    check_tokens(tokens)
     with torch.no_grad():
         target = ForwardKL(tokens.at_labels(hidden_states(teacher, tokens)), head(teacher))
     return linear_loss(tokens.at_labels(hidden_states(student, tokens)), head(student), target) / tokens.total
@@ -36,6 +39,7 @@ def forward_kl(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Token
 
 def undial_kl(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, strength: float) -> Tensor:
     """Mean of KL(q || student), q = softmax(teacher's logits - strength x onehot(label)), over the labels. Scalar."""
+    check_tokens(tokens)
     with torch.no_grad():
         target = LoweredKL(
             tokens.at_labels(hidden_states(teacher, tokens)), head(teacher), tokens.at_labels(tokens.labels), strength
@@ -45,6 +49,7 @@ def undial_kl(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens
 
 def document_losses(model: PreTrainedModel, tokens: Tokens) -> Tensor:
     """-log p of each document that has labels, in order, without a gradient. [documents]"""
+    check_tokens(tokens)
     with torch.no_grad():
         hidden = tokens.at_labels(hidden_states(model, tokens))
         return _add_up(linear_losses(hidden, head(model), CrossEntropy(tokens.at_labels(tokens.labels))), tokens)[0]

@@ -260,9 +260,8 @@ def documents(
     import numpy as np
 
     from undo.data.store import batched
-    from undo.lm.tokens import MARK
+    from undo.lm.tokens import MARK, enclosed
 
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     begin, before = time.monotonic(), tokens
     for some in batched(texts, TEXTS_AT_ONCE, CHARACTERS_AT_ONCE):
         encoded = tokenizer(some, add_special_tokens=False)["input_ids"]
@@ -273,9 +272,9 @@ def documents(
         pairs = [text.other for text in some if isinstance(text, Paired)]
         others: Iterator[list[int]] = iter(tokenizer(pairs, add_special_tokens=False)["input_ids"] if pairs else [])
         for text, ids in zip(some, encoded, strict=True):
-            made = np.array([bos, *ids, eos], dtype=np.uint32)
+            made = enclosed(ids, tokenizer)
             if isinstance(text, Paired):
-                other = np.array([bos, *next(others), eos], dtype=np.uint32)
+                other = enclosed(next(others), tokenizer)
                 shared = min(len(made), len(other))
                 differs = np.ones(len(made), dtype=bool)
                 differs[:shared] = made[:shared] != other[:shared]

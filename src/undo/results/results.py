@@ -70,6 +70,13 @@ class Result:
         return self.evaluation.unit
 
 
+def worst_case(curves: Sequence[Curve], higher_is_better: bool) -> Curve:
+    """At each step the best forget performance over several adversaries; a diverged one counts up to its end."""
+    best = max if higher_is_better else min
+    steps = sorted(set().union(*curves))
+    return {step: best(curve[step] for curve in curves if step in curve) for step in steps}
+
+
 @dataclass(frozen=True)
 class Attacked:
     """A model with all its adversaries: one row of the table.
@@ -96,11 +103,8 @@ class Attacked:
 
     @cached_property
     def worst_case(self) -> Curve:
-        """At each step the best forget performance over all adversaries; a diverged one counts up to its end."""
-        best = max if self.higher_is_better else min
-        curves = [adversary.curve("forget") for adversary in self.adversaries]
-        steps = sorted(set().union(*curves))
-        return {step: best(curve[step] for curve in curves if step in curve) for step in steps}
+        """Over all adversaries."""
+        return worst_case([adversary.curve("forget") for adversary in self.adversaries], self.higher_is_better)
 
     @cached_property
     def average(self) -> Curve:

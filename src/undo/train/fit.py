@@ -71,6 +71,7 @@ def fit(
         objective,
         streams,
         training,
+        cfg.execution,
         run,
         evaluate,
         step=step or plain,

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from undo.config.mistakes import ConfigError
-from undo.config.schema import Training
+from undo.config.schema import Execution, Training
 from undo.data.stream import MixedStream
 from undo.evaluate.evaluator import Measured
 from undo.runs import ranks
 from undo.runs.directory import Diverged, Interrupted
 from undo.runs.ranks import this_process
-from undo.runs.run import Run
 from undo.train import shard
 from undo.train.gradient import BatchGradient, Objective, Step, plain
+from undo.train.recorder import Recorder
 
 if TYPE_CHECKING:
     pass
@@ -59,20 +59,21 @@ def train(
     objective: Objective,
     streams: Mapping[str, MixedStream],
     cfg: Training,
-    run: Run,
+    execution: Execution,
+    recorder: Recorder,
     evaluate: Evaluate,
     *,
     step: Step = plain,
     rng: torch.Generator | None = None,
     stop: Stop = lambda _: False,
 ) -> Outcome:
-    """Train `model` in place, from the run's checkpoint if it has one. `stop` sees every evaluation but the first.
+    """Train `model` in place, from the recorder's checkpoint if it has one. `stop` sees every evaluation but the first.
 
     Only weights that require a gradient are trained. `rng` is whatever objective and step draw from; its state is part
     of the checkpoint. Raises Diverged at the first loss or gradient that is not finite, Interrupted once the run has
     been asked to stop and a checkpoint is written, ConfigError for a batch that cannot be split over the devices.
     """
-    devices, execution = this_process(), run.configured.execution
+    devices = this_process()
     assert devices.device is not None
     if cfg.batch_rows < devices.num_processes:
         raise ConfigError(
@@ -83,20 +84,20 @@ def train(
         raise ConfigError("no weight is trainable")
     optimizer = _optimizer(weights, cfg)
     autocast = torch.autocast(devices.device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
-    done = _resume(run, model, weights, optimizer, rng)
+    done = _resume(recorder, model, weights, optimizer, rng)
     pace = _Pace()
-    with run.saves_before_it_stops():
+    with recorder.saves_before_it_stops():
         while True:
             if cfg.evaluates(done.step) and done.evaluated != done.step:
                 reached = _evaluate(evaluate, cfg, done, autocast, stop)
-                run.record(done.step, done.evaluation)
+                recorder.record(done.step, done.evaluation)
                 if reached:
                     break
             if done.step == cfg.steps:
                 break
-            stopping = ranks.any_of(run.stop_requested)  # a signal may have reached one rank only, or not all by now
+            stopping = ranks.any_of(recorder.stop_requested)  # a signal may have reached one rank only
             if stopping or (done.step > 0 and done.step % execution.checkpoint_every == 0):
-                run.save_checkpoint(_state(model, weights, optimizer, rng), asdict(done))
+                recorder.save_checkpoint(_state(model, weights, optimizer, rng), asdict(done))
                 if stopping:
                     ranks.wait_for_all()  # the first rank to leave makes torchrun end the others
                     raise Interrupted
@@ -124,7 +125,7 @@ def train(
             done.tokens += tokens
             pace.took(time.perf_counter() - began, tokens)
             by_name = {f"loss/{name}": value for name, value in zip(terms, values, strict=True)}
-            run.record(done.step, {"loss": sum(values), **by_name, "grad_norm": norm, "learning_rate": rate})
+            recorder.record(done.step, {"loss": sum(values), **by_name, "grad_norm": norm, "learning_rate": rate})
     return Outcome(done.step, done.tokens, done.evaluation_tokens, done.evaluation, pace.tokens_per_second)
 
 
@@ -203,13 +204,13 @@ def _state(
 
 
 def _resume(
-    run: Run,
+    recorder: Recorder,
     model: nn.Module,
     weights: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     rng: torch.Generator | None,
 ) -> _Progress:
-    saved = run.load_checkpoint()
+    saved = recorder.load_checkpoint()
     if saved is None:
         return _Progress()
     tensors, progress = saved

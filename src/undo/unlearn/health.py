@@ -6,7 +6,7 @@ beside ln V, that of a uniform guess.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -17,7 +17,7 @@ from undo.data.store import TokenStore
 from undo.losses import cross_entropy
 from undo.runs.directory import RunDirectory
 from undo.train import shard
-from undo.train.gradient import Gradient
+from undo.train.gradient import Gradient, Gradients, Objective, Step, Terms
 from undo.train.shift import global_norm
 from undo.unlearn.method import Method
 
@@ -25,6 +25,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS: Final = 32  # of forget text for the cross entropy
+
+
+def begin(
+    method: Method,
+    model: "PreTrainedModel",
+    reference: "PreTrainedModel | None",
+    rng: torch.Generator,
+    record: Callable[[int, Mapping[str, float]], None],
+) -> tuple[Objective, Step]:
+    """What the loop needs of a method: the objective, and a step that records each term's gradient norm at first.
+
+    model: as it is before anything was unlearned. Sets which of its weights are trained. Raises ConfigError as
+    `choose_weights` and `gradient_norms` do.
+    """
+    choose_weights(model, method)
+    objective = method.objective(model, reference, rng)
+
+    def step(gradient: Gradient) -> tuple[Terms, Gradients]:
+        if gradient.progress == 0:
+            record(0, gradient_norms(gradient, method))
+        return method.step(gradient, rng)
+
+    return objective, step
 
 
 def choose_weights(model: nn.Module, method: Method) -> None:

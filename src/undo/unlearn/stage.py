@@ -1,7 +1,6 @@
 """The stage `unlearn`: suppress the forget role in a reference model. Section 4, Appendix B.1, Table 5."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -14,9 +13,6 @@ from undo.train.parents import generator, keep, load_parent, open_store, require
 from undo.train.stage import Stage, TrainingStage
 from undo.unlearn import UnlearningMethod
 from undo.unlearn.method import Method
-
-if TYPE_CHECKING:
-    from undo.train.gradient import Gradient, Gradients, Terms
 
 
 class Unlearn(TrainingStage):
@@ -58,16 +54,9 @@ def unlearn(cfg: Unlearn, run: Run) -> None:
         )
     require_memory(cfg, run, cfg.reference, [cfg.reference] if cfg.method.needs_reference else [])
     model = load_parent(run, cfg.reference)
-    health.choose_weights(model, cfg.method)
     reference = freeze(load_parent(run, cfg.reference)) if cfg.method.needs_reference else None
     rng = generator(cfg.seed_for("objective"))
-    objective = cfg.method.objective(model, reference, rng)
-
-    def step(gradient: "Gradient") -> "tuple[Terms, Gradients]":
-        if gradient.progress == 0:
-            run.record(0, health.gradient_norms(gradient, cfg.method))
-        return cfg.method.step(gradient, rng)
-
+    objective, step = health.begin(cfg.method, model, reference, rng, run.record)
     facts = fit(cfg, run, model, objective, step=step, rng=rng, starts_as=cfg.reference)
     start = reference or load_parent(run, cfg.reference)
     found = health.of(model, start, run.sibling(cfg.data)) | health.recorded_norms(run)
