@@ -55,7 +55,7 @@ def test_a_new_method_is_one_file_and_one_name(tmp_path):
     package = tmp_path / "src/undo"
     shutil.copytree(ROOT / "src/undo", package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / EXAMPLE).write_text(example)
-    union = package / "unlearn/__init__.py"
+    union = package / "unlearn/plain.py"
     text = union.read_text()
     union.write_text(
         text.replace("GradDiff | MaxEnt", "GradAscent | GradDiff | MaxEnt").replace(

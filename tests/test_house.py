@@ -20,7 +20,8 @@ FLOORS = (  # from the ground up; rooms of one floor do not know each other
     ("train", "results"),
     ("prepare_data", "prepare_models", "unlearn", "distill", "attacks", "experiments", "report"),
     ("settings",),
-    ("api", "__main__", "__init__"),
+    ("api",),
+    ("__init__", "__main__"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 NEUTRAL = ("settings", "prepare_data", "evaluate", "report")  # whoever else knows a setting by its name

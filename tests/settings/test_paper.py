@@ -131,7 +131,7 @@ def test_table_5_and_b_1_unlearning(setting, planned):
             assert run.method.name == method
             assert (run.training.batch_rows, run.training.steps) == (batch, steps[method])
             assert (run.training.weight_decay, run.training.clip_norm) == (0, 1.0)  # Appendix D.1
-            assert run.training.min_learning_rate is None  # constant: README, difference 9
+            assert run.training.min_learning_rate is None  # constant: docs/differences.md, 9
     (graddiff, *_), (rmu, *_) = configs(planned, "unlearn", "graddiff"), configs(planned, "unlearn", "rmu")
     assert graddiff.method.alpha == (1 if setting == "language" else 15)
     assert (rmu.method.alpha, rmu.method.c) == ((1200, 6.5) if setting == "language" else (200, 6))
@@ -201,7 +201,7 @@ def test_tables_7_and_8_and_appendix_d_1(setting, tmp_path):
         expected = 20 if (setting, method) == ("arithmetic", "graddiff") else batch
         assert {c.training.batch_rows for c in configs_of} == {expected}
         assert {(c.training.weight_decay, c.training.clip_norm) for c in configs_of} == {(0, 1.0)}
-        assert {c.training.min_learning_rate for c in configs_of} == {None}  # README, difference 9
+        assert {c.training.min_learning_rate for c in configs_of} == {None}  # docs/differences.md, 9
     attacked = plan(STAGES["relearn"], [ROOT / "configs" / setting / "relearn_robust.yaml"], {}, tmp_path)
     models = {run.config.model for run in attacked}
     assert models == {run.name for run in runs if "_wide" not in run.name}

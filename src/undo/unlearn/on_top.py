@@ -4,20 +4,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from undo.unlearn.graddiff import GradDiff
 from undo.unlearn.maxent import MaxEnt
 from undo.unlearn.method import Method
-from undo.unlearn.npo import NPO, SimNPO
-from undo.unlearn.rmu import RMU
-from undo.unlearn.undial import UNDIAL
-
-BaseMethod = Annotated[GradDiff | MaxEnt | RMU | UNDIAL | NPO | SimNPO, Field(discriminator="name")]
+from undo.unlearn.plain import PlainMethod
 
 
 class OnTop(Method):
     """Base of the methods that have a `base`, by default MaxEnt, as in Section 6."""
 
-    base: BaseMethod = MaxEnt()
+    base: Annotated[PlainMethod, Field(discriminator="name")] = MaxEnt()
 
     @property
     def needs_reference(self) -> bool:
