@@ -122,7 +122,7 @@ def test_an_override_of_one_variant_beats_the_others_and_its_sweep():
     ]
     mine = expand(raw, {"variant": "mine", "variants.mine.b.c": 7}, "made.yaml")
     assert [run["b"]["c"] for run in mine] == [7, 7]
-    with pytest.raises(ConfigError, match=r"'variants\.y\.b' names no variant of it; variants: x, x\.2"):
+    with pytest.raises(ConfigError, match=r"'variants\.y\.b' does not name one of its variants: x, x\.2"):
         expand(raw, {"variants.y.b": 1}, "made.yaml")
     for key in ("variants.x", "variants.x.sweep.a", "variants.x.points.best"):
         with pytest.raises(ConfigError, match="cannot be set"):
@@ -141,7 +141,7 @@ def test_files_of_one_s_own_go_into_the_variant_that_is_named(setting):
     before, after = prepared(setting), prepared(setting, "variants.qa.data.forget.path=mine.jsonl")
     assert after["qa"].data["forget"].path == "mine.jsonl"
     assert {name: c for name, c in after.items() if name != "qa"} == {n: c for n, c in before.items() if n != "qa"}
-    with pytest.raises(ConfigError, match=r"data\.retain is missing.*goes into every variant, and so into mixture"):
+    with pytest.raises(ConfigError, match=r"data\.retain is missing.*applies to every variant, mixture too"):
         prepared(setting, "data.forget.path=mine.jsonl")
 
 

@@ -389,7 +389,7 @@ ROW = {"question": "why?", "choices": ["a", "b"], "answer": 1}
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [
-        ("q.jsonl", [ROW, ROW | {"answer": 2}], "q.jsonl row 1: answer 2 is no index into its 2 choices (0 to 1)"),
+        ("q.jsonl", [ROW, ROW | {"answer": 2}], "q.jsonl row 1: answer 2 is not an index into its 2 choices (0 to 1)"),
         ("q.parquet", [ROW, ROW, ROW | {"answer": -1}], "q.parquet row 2: answer -1 is no index"),
         ("q.jsonl", [ROW | {"answer": "B"}], "answer 'B' is no index"),
         ("q.parquet", [{"question": "why?", "answer": 0}], "q.parquet row 0: has no column 'choices'; it has answer"),
@@ -413,7 +413,7 @@ def test_bad_files(tmp_path, name, rows, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("q.parquet", b"no parquet at all", "is no parquet file, or a damaged one"),
+        ("q.parquet", b"no parquet at all", "is not a parquet file, or is damaged"),
         ("q.jsonl", b'{"question": 1}\nnonsense\n', "q.jsonl line 2: is no JSON"),
         ("q.json", b"[1, 2", "q.json: is no JSON"),
         ("q.jsonl", b"\xff\xfe", "is no UTF-8"),
@@ -485,7 +485,7 @@ def test_tasks_that_the_harness_knows(files, tokenizer, tmp_path, monkeypatch):
         build(Questions(task="no_such_task"))
     (tmp_path / "tasks" / "zero.test.jsonl").unlink()
     shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(ConfigError, match="the data of zero cannot be had"):
+    with pytest.raises(ConfigError, match="could not get the data of zero"):
         build(Questions(task="zero"))
 
 

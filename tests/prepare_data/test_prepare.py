@@ -108,7 +108,7 @@ def test_a_method_of_pairs_refuses_other_data_before_it_loads_a_model(prepared):
     raw = {"name": "x", "variant": "x", "seed": 0, "data": "prepare/data", "reference": "pretrain/none"}
     raw |= {"training": {"steps": 1, "batch_rows": 1, "learning_rate": 1e-3, "evaluate_every": 1}}
     raw |= {"evaluation": {"name": "cross_entropy", "rows": 1}, "method": {"name": "repnoise", "preset": "official"}}
-    with pytest.raises(ConfigError, match=r"prepare/data are no pairs\n.*data\.forget\.paired_with"):
+    with pytest.raises(ConfigError, match=r"prepare/data are not pairs\n.*data\.forget\.paired_with"):
         run_unlearn.unlearn(validate(run_unlearn.Unlearn, raw, "test"), prepared)
 
 

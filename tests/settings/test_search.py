@@ -150,7 +150,7 @@ def test_a_method_that_always_diverges_is_said(machine, monkeypatch):
         ("relearn.training.stps=3", "unknown key 'training.stps'"),
         ("undo.noise.alhpa=0.5", "unknown key 'noise.alhpa'"),
         ("unlearn.variants.sam_medium.method.rh=1", "unknown key 'method.rh'"),
-        ("unlearn.points=serch", "points=serch cannot be set; `points` can be set to search only"),
+        ("unlearn.points=serch", "points=serch cannot be set; the only value for `points` is search"),
         ("unlearn.points.maxent.best.alpha=0.5", "can be set to search only"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Where a user's own folders are: beside the code in a checkout, in the working directory for an installed package."""
+"""Where configs and tokens are: beside the code in a checkout, or in the working directory of an installed package."""
 
 from pathlib import Path
 from typing import Final
@@ -11,5 +11,5 @@ TOKENS: Final = (CHECKOUT or Path()) / "tokens"  # secrets; see tokens/README.md
 
 
 def command(name: str) -> str:
-    """How a user calls a stage or a whole setting, by its name: a script of the checkout, or the installed `undo`."""
+    """The command line of a stage or a whole setting: a script in a checkout, else the installed command `undo`."""
     return f"undo {name}" if CHECKOUT is None else f"uv run run_{name}.py"

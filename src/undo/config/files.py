@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, and after a power cut too."""
+    """Replace a file so that readers see either the old or the new one, even after a power cut."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w") as file:
         file.write(text)

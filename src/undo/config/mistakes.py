@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 
 def in_words(error: ValidationError, schema: type[BaseModel], raw: dict[str, Any]) -> str:
-    """The first mistake in words; how many more there are."""
+    """The first mistake in words, and how many more there are."""
     first, *others = error.errors(include_url=False)
     path = _keys_only(first["loc"], raw)
     key = ".".join(path)
@@ -34,7 +34,7 @@ def in_words(error: ValidationError, schema: type[BaseModel], raw: dict[str, Any
 
 
 def _keys_only(location: tuple[str | int, ...], raw: Any) -> list[str]:
-    """A place in the user's values: pydantic also names the member of a union that it tried, which is no key."""
+    """The path in the user's values. Pydantic also names the union member that it tried, which is not a key."""
     path = []
     for position, part in enumerate(location):
         member = raw.get("name") if isinstance(raw, dict) else None
@@ -49,7 +49,7 @@ def _keys_only(location: tuple[str | int, ...], raw: Any) -> list[str]:
 
 
 def _meant(path: list[str], schema: type[BaseModel], raw: dict[str, Any]) -> str:
-    """What an unknown key may have been: the keys of its own block, or else those of the whole config."""
+    """A suggestion for an unknown key, from the keys of its own block or else of the whole config."""
     *above, leaf = path
     block = _block(above, schema, raw)
     if above and block is not None:
@@ -66,7 +66,7 @@ def _meant(path: list[str], schema: type[BaseModel], raw: dict[str, Any]) -> str
 
 
 def _block(path: list[str], schema: type[BaseModel], raw: Any) -> type[BaseModel] | None:
-    """The schema of the block at `path`; of several that may stand there, the one that its `name` says."""
+    """The schema of the block at `path`. If several are possible there, its `name` decides."""
     annotation: Any = schema
     for key in path:
         mapped = [get_args(option)[1] for option in _options(annotation) if get_origin(option) is dict]
@@ -106,11 +106,11 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 class ConfigError(Exception):
-    """A mistake of the user's: what is wrong and how to mend it, in at most three lines and without a traceback."""
+    """A user's mistake: what is wrong and how to fix it, in at most three lines and without a traceback."""
 
 
 def guarded(action: Callable[[], int]) -> int:
-    """Exit status 2 and the message alone for a mistake of the user's."""
+    """Run a command; for a user's mistake print the message alone and return exit status 2."""
     try:
         return action()
     except ConfigError as error:

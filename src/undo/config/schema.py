@@ -18,7 +18,7 @@ Raw = dict[str, Any]  # a config before validation: plain YAML values
 
 
 class Frozen(BaseModel):
-    """Base of every config block: immutable, strict about types, and without room for unknown keys."""
+    """Base of every config block: immutable, strict about types, and closed to unknown keys."""
 
     # built at first use: most commands use few of the blocks
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, defer_build=True)
@@ -73,7 +73,7 @@ class Training(Frozen):
 
 
 class Execution(Frozen):
-    """How a run is executed. These keys change speed, not results, and are no part of a run's identity."""
+    """How a run is executed. These keys change speed, not results, so they are not part of a run's identity."""
 
     micro_rows: Count | None = None  # rows in one forward and backward; None: the whole batch
     checkpoint_every: Count = 100  # steps
@@ -99,14 +99,14 @@ class Execution(Frozen):
 
 
 class StageConfig(Frozen):
-    """What every run has, whatever its stage."""
+    """The keys that every run has, whatever its stage."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")]
     variant: str = ""  # the row of the results table that the run belongs to
     execution: Execution = Execution()
 
     def check(self) -> None:
-        """Raises ConfigError for what can be seen to be wrong outside the config before anything is started."""
+        """Raises ConfigError for mistakes outside the config, such as missing files, before anything starts."""
 
     def parents(self) -> tuple[str, ...]:
         """The names of the runs whose results this one reads: all fields of type RunName, in order."""

@@ -13,7 +13,7 @@ def find_token(file: str, variable: str) -> str | None:
 
 
 def token(file: str, variable: str) -> str:
-    """Raises ConfigError that names both places, and neither's content."""
+    """The token. Raises ConfigError that names both places to put it, and the content of neither."""
     value = find_token(file, variable)
     if value is None:
         raise ConfigError(f"no token: put it into tokens/{file}, or set {variable}")

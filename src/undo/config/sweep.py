@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def read_yaml(path: Path) -> Raw:
-    """The file as plain values. Raises ConfigError if it is missing, unreadable, empty or no mapping."""
+    """The file as plain values. Raises ConfigError if it is missing, unreadable, empty or not a mapping."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -44,7 +44,7 @@ def read_yaml(path: Path) -> Raw:
             f"{path}:{where} not valid YAML: {_first_line(getattr(error, 'problem', None) or error)}"
         ) from None
     if not isinstance(values, dict) or not values:
-        raise ConfigError(f"{path}: is empty or no mapping; it needs keys such as those in configs/demo/")
+        raise ConfigError(f"{path}: is empty or not a mapping; it needs keys such as those in configs/demo/")
     return {str(key): value for key, value in values.items()}
 
 
@@ -122,14 +122,14 @@ def expand(raw: Raw, overrides: Mapping[str, Any], source: str) -> list[Raw]:
             if name in runs and isinstance(run["name"], str):
                 raise ConfigError(
                     f"{source}: two runs are named {name!r}; put every swept key into `name`,\n"
-                    f"or give variant=<a name of your own> if the variants are to be left out"
+                    f"or give variant=<your own name> to leave out the variants"
                 )
             runs[name] = run
     return list(runs.values())
 
 
 def variant_of(key: str, variants: Iterable[str]) -> str | None:
-    """Which of `variants` an override's key `variants.<name>.<key>` is for; None: it is for none of them."""
+    """The one of `variants` that an override's key `variants.<name>.<key>` names; None if it names none."""
     return next((n for n in sorted(variants, key=len, reverse=True) if n and key.startswith(f"variants.{n}.")), None)
 
 
@@ -140,7 +140,7 @@ def _by_variant(overrides: Mapping[str, Any], variants: list[str], source: str) 
         name = variant_of(key, variants)
         if name is None:
             there = ", ".join(filter(None, variants)) or "none"
-            raise ConfigError(f"{source}: {key!r} names no variant of it; variants: {there}")
+            raise ConfigError(f"{source}: {key!r} does not name one of its variants: {there}")
         rest = key.removeprefix(f"variants.{name}.")
         if rest.partition(".")[0] in ("sweep", "points", "variants", "adversaries"):
             raise ConfigError(f"{key!r} cannot be set for one variant; give variants.{name}.<key> a single value")

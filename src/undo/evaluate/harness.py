@@ -142,13 +142,13 @@ def build(questions: Questions) -> tuple[Group | None, list[ConfigurableTask]]:
     known = TaskManager()
     if questions.task not in known.all_tasks:
         raise ConfigError(
-            f"{questions.task!r} is no task of the harness; `lm_eval ls tasks` lists them, or give `path`"
+            f"{questions.task!r} is not a task of the harness; `lm_eval ls tasks` lists them, or give `path`"
         )
     try:
         loaded = known.load([questions.task])
     except (OSError, ValueError) as error:  # not there, or no network
         raise ConfigError(
-            f"the data of {questions.task} cannot be had: {(str(error) or type(error).__name__).splitlines()[0]}\n"
+            f"could not get the data of {questions.task}: {(str(error) or type(error).__name__).splitlines()[0]}\n"
             f"get it once with network, or give your own file with `path`"
         ) from None
     tasks = cast(list[ConfigurableTask], list(loaded["tasks"].values()))

@@ -116,19 +116,19 @@ def _rows(file: Path) -> list[Any]:
             return _parquet(file)
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'is no UTF-8'}") from None
+        raise ConfigError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'is not UTF-8'}") from None
     if file.suffix == ".json" and text.lstrip().startswith("["):
         try:
             return json.loads(text)
         except ValueError as error:
-            raise ConfigError(f"{file}: is no JSON: {error}") from None
+            raise ConfigError(f"{file}: is not JSON: {error}") from None
     rows = []
     for number, line in enumerate(text.split("\n")):  # not splitlines: U+2028 may stand in a question
         try:
             if line.strip():
                 rows.append(json.loads(line))
         except ValueError as error:
-            raise ConfigError(f"{file} line {number + 1}: is no JSON: {error}") from None
+            raise ConfigError(f"{file} line {number + 1}: is not JSON: {error}") from None
     return rows
 
 
@@ -139,12 +139,12 @@ def _parquet(file: Path) -> list[Any]:
     try:
         return parquet.ParquetFile(file).read().to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"{file}: is no parquet file, or a damaged one: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{file}: is not a parquet file, or is damaged: {str(error).splitlines()[0]}") from None
 
 
 def _question(row: Any, subject: str, where: str) -> Question:
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}: is no object with the columns question, choices and answer")
+        raise ConfigError(f"{where}: is not an object with the columns question, choices and answer")
     for column in ("question", "choices", "answer"):
         if column not in row:
             raise ConfigError(f"{where}: has no column {column!r}; it has {', '.join(sorted(map(str, row)))}")
@@ -161,7 +161,7 @@ def _question(row: Any, subject: str, where: str) -> Question:
         raise ConfigError(f"{where}: has {len(choices)} choices; a question needs 2 to {len(LETTERS)}")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise ConfigError(
-            f"{where}: answer {answer!r} is no index into its {len(choices)} choices (0 to {len(choices) - 1})"
+            f"{where}: answer {answer!r} is not an index into its {len(choices)} choices (0 to {len(choices) - 1})"
         )
     return Question(question, tuple(choices), answer, subject)
 

@@ -1,4 +1,4 @@
-"""From planned runs to jobs: everything that can be wrong is said before a process is started."""
+"""From planned runs to jobs. Whatever can be known to be wrong is reported before a process starts."""
 
 import sys
 from collections.abc import Collection, Iterable, Sequence
@@ -16,9 +16,9 @@ from undo.train.stage import TrainingStage
 
 
 def check(planned: Sequence[PlannedRun], force: bool, kept: Collection[str] = ()) -> None:
-    """Everything that can be known to be wrong before a process is started. Raises ConfigError.
+    """Claim the runs' folders. Raises ConfigError for everything that can be known to be wrong before a process starts.
 
-    `force` removes the runs, but for those whose names are in `kept`.
+    `force` removes the runs first, except those whose names are in `kept`.
     """
     names = {p.name for p in planned}
     for run in planned:
@@ -49,9 +49,9 @@ def check(planned: Sequence[PlannedRun], force: bool, kept: Collection[str] = ()
 
 
 def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
-    """Runs that are not done, grouped: those of a stage that start from the same models share a process.
+    """The runs that are not done, grouped into jobs. Runs of a stage that start from the same models share a process.
 
-    A run on several devices shares none: an error of one rank leaves the others in the middle of a step.
+    A run on several devices does not share one, because an error of one rank leaves the others in the middle of a step.
     """
     todo = [p for p in planned if not p.directory.done]
     result = []
@@ -73,10 +73,10 @@ def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
 
 
 def starter(devices: int) -> tuple[str, ...]:
-    """What stands before a stage's command where it is started once for each device.
+    """The part of the command line that starts a worker once for each device: torchrun, on a free port.
 
-    torchrun itself, on a free port. Accelerate's launcher ends in the same code, but reads the user's own defaults
-    (mixed precision, for one) from a file in his home.
+    Accelerate's launcher ends in the same code, but reads the user's own defaults, such as mixed precision, from a file
+    in the home folder.
     """
     if devices == 1:
         return ()
@@ -89,5 +89,5 @@ def share(config: StageConfig) -> DeviceShare:
 
 
 def models(run: PlannedRun) -> tuple[str, ...]:
-    """The parents of a run that are no data."""
+    """The parents of a run that are models, not data."""
     return tuple(parent for parent in run.config.parents() if not parent.startswith("prepare/"))

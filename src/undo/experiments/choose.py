@@ -1,4 +1,4 @@
-"""Which of the planned runs are wanted: --with adds experiments, --only chooses runs in them."""
+"""Choosing among planned runs: --with adds experiments, --only selects runs in them."""
 
 import fnmatch
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def select(planned: Sequence[PlannedRun], pattern: str | None, with_parents: bool = False) -> list[PlannedRun]:
-    """The runs whose name (with or without the stage) matches the glob; `with_parents`: and all they stand on."""
+    """The runs whose name (with or without the stage) matches the glob; `with_parents` adds all their ancestors."""
     if pattern is None:
         return list(planned)
     chosen = {p.name for p in planned if matches(p.name, pattern)}
@@ -41,9 +41,9 @@ def pick(
     only: str | None,
     with_parents: bool = False,
 ) -> list[PlannedRun]:
-    """`select` from the main experiments and those `asked` for, whose names `plans` takes.
+    """Apply --only to the main YAML and the --with YAMLs (`asked`); if nothing matches, try those `beside` in order.
 
-    Where `only` matches none of them, from the first of those `beside` the main ones that it matches.
+    plans: from the names of extra experiments to their planned runs.
     """
     for names in (asked, *([*asked, name] for name in beside)):
         planned = plans(names)

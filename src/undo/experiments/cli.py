@@ -73,7 +73,7 @@ def launch(
     stages: Mapping[str, Stage],
     kept: Collection[str] = (),
 ) -> int:
-    """Plan, check, run, report -> the exit status. `kept`: names of runs that --force leaves as they are."""
+    """Plan, check and execute runs -> the exit status. `kept`: names of runs that --force leaves as they are."""
     from undo.experiments.display import LiveTable
 
     runs, configs = planned(args)

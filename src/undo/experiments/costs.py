@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Cost(NamedTuple):
-    """Of training, all steps of it; evaluation comes on top."""
+    """The cost of training for all steps. Evaluation is not included."""
 
     tokens: int
     flops: float
@@ -29,7 +29,7 @@ class Cost(NamedTuple):
 
 
 class Costs:
-    """What planned runs cost, from the configs alone: a run's model is found by following its parents."""
+    """What planned runs cost, from their configs alone. A run's model is found by following its parents."""
 
     def __init__(
         self,
@@ -38,9 +38,9 @@ class Costs:
         stages: Mapping[str, Stage],
         base: str | None = None,
     ) -> None:
-        """`stages`: all there are, by name; parents that are not planned may be of any of them.
+        """`stages`: all stages by name, since parents that are not planned may belong to any of them.
 
-        `base`: the model of a base run that is neither planned nor done; None: that of the setting's own YAML.
+        `base`: the model of a base run that is neither planned nor done; None takes the one in the setting's YAML.
         """
         self._planned = {p.name: p.config for p in planned}
         self._folder, self._stages, self._base = setting_folder, stages, base
@@ -64,12 +64,12 @@ class Costs:
                 raw = {**raw, "model": self._base}
             try:
                 self._configs[name] = None if raw is None or stage is None else validate(stage.schema, raw, name)
-            except ConfigError:  # of another version of this code: nobody can say
+            except ConfigError:  # written by another version of this code
                 self._configs[name] = None
         return self._configs[name]
 
     def _nearest(self, name: str, found: dict[str, T | None], find: Callable[[str, StageConfig], T | None]) -> T | None:
-        """What `find` finds, of the run or else of its nearest ancestor where it finds something. Kept in `found`."""
+        """What `find` returns for the run, or else for its nearest ancestor that has it. Cached in `found`."""
         if name not in found:
             config = self._config(name)
             value = None if config is None else find(name, config)
@@ -80,13 +80,13 @@ class Costs:
         return found[name]
 
     def shape(self, name: str) -> Shape | None:
-        """Of the model that a run trains, or hands on."""
+        """The shape of the model that a run trains or passes on."""
         return self._nearest(
             name, self._shapes, lambda n, config: self._stages[n.partition("/")[0]].shape(config, self._at(n))
         )
 
     def length(self, name: str) -> int | None:
-        """Tokens of a row of the data that a run reads, or makes."""
+        """Tokens per row of the data that a run reads or makes."""
         return self._nearest(
             name, self._lengths, lambda n, config: self._stages[n.partition("/")[0]].row_tokens(config)
         )
@@ -95,7 +95,7 @@ class Costs:
         return self._directories.sibling(name)
 
     def of(self, run: PlannedRun) -> Cost | None:
-        """None for a stage that trains nothing, or where nobody can say yet how large the model or its data are."""
+        """The cost of a run. None if it trains nothing, or if the size of its model or data is not known yet."""
         if not isinstance(run.config, TrainingStage):
             return None
         shape, length = self.shape(run.name), self.length(run.name)

@@ -1,4 +1,4 @@
-"""What the launcher shows: a live table on a terminal, one line a change elsewhere, the failures at the end."""
+"""What the launcher shows: a live table on a terminal, a line for each change elsewhere, failures at the end."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TAIL_BYTES = 8192  # enough to hold the last step and the last evaluation of met
 
 
 class LiveTable:
-    """Implements launch.Display."""
+    """Shows runs while they execute. Implements launch.jobs.Display."""
 
     def __init__(self, planned: Sequence[PlannedRun]) -> None:
         self._begin = time.monotonic()
@@ -128,7 +128,7 @@ def _tail(path: Path) -> list[bytes]:
 
 
 def _last_line(path: Path) -> str:
-    """What a run that trains nothing said last."""
+    """The last line of output of a run that trains nothing."""
     return next((line.decode(errors="replace") for line in reversed(_tail(path)) if line.strip()), "")
 
 

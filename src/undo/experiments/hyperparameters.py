@@ -19,7 +19,7 @@ MANY: Final = 11  # more values than this are counted, not listed
 
 
 def hyperparameters(folder: Path, stages: Mapping[str, Stage]) -> str:
-    """Two tables a stage: the keys that all variants share, and the others. A key that is swept lists its values."""
+    """Two tables for each stage: the keys that all variants share, and the others. A swept key lists its values."""
     present = [stage for name, stage in stages.items() if (folder / f"{name}.yaml").exists()]
     planned = {run.name: run for s in present for run in plan(s, sources(folder, s.name), {}, Path("runs"))}
     costs = Costs(list(planned.values()), folder, stages)

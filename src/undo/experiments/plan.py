@@ -59,8 +59,8 @@ def plan(
 ) -> list[PlannedRun]:
     """All runs of a stage's experiments. Their setting is the name of the folder that the YAML files lie in.
 
-    A variant of the user's own takes the place of all there are, so it has the first file's other values.
-    `stand_ins`: points that are still to be searched are stand-ins, so that all else can be validated.
+    The user's own variant (`variant=...`) replaces those of the first file and keeps its other values.
+    With `stand_ins`, points that are still to be searched are stand-ins, so that all else can be validated.
     """
     planned: dict[str, PlannedRun] = {}
     for source in sources[:1] if "variant" in overrides else sources:
@@ -76,7 +76,7 @@ def plan(
 
 
 def of_file(source: Path, content: Raw, stage: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides without `points`, and without those for a variant that only another YAML of the stage has."""
+    """Overrides without `points`, and without those for a variant that only another YAML of the stage defines."""
     changes = {key: value for key, value in overrides.items() if key != "points"}
     if any(key.startswith("variants.") for key in changes):
         others = [read_yaml(path) for path in sources(source.parent, stage) if path.name != source.name]

@@ -24,11 +24,11 @@ def chosen_points(folder: Path) -> dict[str, Any]:
 
 
 def searches(raw: Raw, overrides: Mapping[str, Any]) -> bool:
-    """Whether the points of a YAML are those of a search. Raises ConfigError for another override of them."""
+    """Whether a YAML takes its points from a search. Raises ConfigError for any other override of them."""
     for key, value in overrides.items():
         if key.partition(".")[0] == "points" and (key, value) != ("points", "search"):
             raise ConfigError(
-                f"{key}={value} cannot be set; `points` can be set to search only\n"
+                f"{key}={value} cannot be set; the only value for `points` is search\n"
                 f"give a run other values with variants.<name>.method.alpha=... and the like"
             )
     return overrides.get("points", raw.get("points")) == "search"
@@ -37,7 +37,7 @@ def searches(raw: Raw, overrides: Mapping[str, Any]) -> bool:
 def with_points(raw: Raw, overrides: Mapping[str, Any], folder: Path | None) -> Raw:
     """The YAML with `points: search` replaced by what was chosen from the search's results, in the setting's runs.
 
-    Without a folder, for a look at runs that nobody starts, every point is a stand-in.
+    Without a folder every point is a stand-in: for runs that are only looked at.
     """
     if not searches(raw, overrides):
         return raw
@@ -47,7 +47,7 @@ def with_points(raw: Raw, overrides: Mapping[str, Any], folder: Path | None) -> 
 
 
 class AnyPoint(SimpleNamespace):
-    """Has every attribute; those that it was not given are itself."""
+    """Has every attribute: the ones it was given, and itself for all others."""
 
     def __getattr__(self, name: str) -> Self:
         return self

@@ -44,9 +44,9 @@ def command_for(name: str, setting: str) -> str:
 
 
 def remedy(setting: str, stage: str, wanted: Callable[[Arm | None], bool], like: str) -> str:
-    """How to make the runs of a stage whose models are `wanted`: a command, or where others ask for them.
+    """How to make the runs of a stage whose models are `wanted`: a command, or a setting whose configs show how.
 
-    In an attack it is the model attacked that counts. `like`: what such runs are called in our settings.
+    For an attack, the attacked model counts. `like`: what such runs are called in our settings.
     """
     folder = setting_folder(setting)
     every = written(folder) if folder is not None else {}

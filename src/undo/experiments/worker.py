@@ -19,15 +19,15 @@ from undo.train.stage import Stage
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit status of `work` on the stage of the first argument, a module, and the runs' folders behind it."""
+    """arguments: the module that holds the stage, then the runs' folders. Returns the exit status of `work`."""
     module, *folders = arguments
     return work(import_module(module).STAGE, [Path(folder) for folder in folders])
 
 
 def work(stage: Stage, folders: Sequence[Path]) -> int:
-    """Execute runs one after the other. A run that fails is recorded as failed and the next one is taken.
+    """Execute runs one after the other. A run that fails is recorded as failed, and the next one starts.
 
-    One of the processes of a run on several devices does the same, but writes only if it is the leader.
+    For a run on several devices each process does this, but only the leader writes to the run's folder.
     """
     Run.stop_on_signals()
     status = 0
@@ -45,7 +45,7 @@ def work(stage: Stage, folders: Sequence[Path]) -> int:
                 print("interrupted; the same command goes on from here")
                 return INTERRUPTED
             except Exception as error:
-                if ranks.count() > 1 and run.stop_requested:  # another rank has left already, and so did its connection
+                if ranks.count() > 1 and run.stop_requested:  # another rank has left already and closed its connection
                     print(f"interrupted while waiting for another process: {error}", file=sys.stderr)
                     return INTERRUPTED
                 traceback.print_exc()

@@ -1,4 +1,4 @@
-"""Which devices there are, and slots on them that launchers share without overbooking."""
+"""The devices of this machine, and slots on them that several launchers share without overbooking."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ from undo.launch.jobs import DeviceShare
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The GPUs that this process may use, as strings: indices, UUIDs or MIG names, as CUDA_VISIBLE_DEVICES has them."""
+    """The GPUs that this process may use, as in CUDA_VISIBLE_DEVICES: indices, UUIDs or MIG names."""
     listed = environment.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         return [name.strip() for name in listed.split(",") if name.strip() and name.strip() != "-1"]
@@ -30,7 +30,7 @@ def cores() -> int:
 
 
 class Slot:
-    """A share of devices, held by an open lock file for each, and so by whoever inherits their descriptors."""
+    """A share of devices. It is held by one open lock file per device, and so by whoever inherits the descriptors."""
 
     def __init__(self, devices: Sequence[str], files: Sequence[int]) -> None:
         self.device = ",".join(dict.fromkeys(devices))  # as CUDA_VISIBLE_DEVICES has them, or cpu
@@ -42,8 +42,8 @@ class Slot:
 
 
 def take_slot(share: DeviceShare, gpus: Sequence[str], folder: Path | None = None) -> Slot | None:
-    """A free share of as many devices as are wanted, or None. All launchers of a user see the same lock files, so they
-    do not overbook.
+    """A free share of as many devices as are wanted, or None. All launchers of a user see the same lock files,
+    so that they never overbook a device.
 
     A device takes one more run only if neither the newcomer's limit nor that of any run on it is exceeded.
     """
@@ -104,7 +104,7 @@ def _file_name(device: str) -> str:
 
 
 def check_devices(share: DeviceShare) -> None:
-    """Raises ConfigError if a run wants more than there is: it would wait for ever."""
+    """Raises ConfigError if a run wants more devices than there are, since it would wait forever."""
     gpus = visible_gpus()
     if gpus and share.devices > len(gpus):
         raise ConfigError(

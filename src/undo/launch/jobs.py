@@ -1,4 +1,4 @@
-"""What the launcher works on: a job, its share of the devices, and who hears of changes.
+"""What the launcher works on: jobs, their share of the devices, and the display that hears of changes.
 
 This is the seam to a cluster. A job is a command line; it may start when the runs it waits for are done, and a run is
 done when its own run.json says so, never when the launcher says so. A backend that submits `job.command` to a queue and
@@ -38,13 +38,13 @@ class DeviceShare:
 
 
 class Display(Protocol):
-    """Hears of every change of a run's state."""
+    """Is told of every change of a run's state."""
 
     def changed(self, run: RunDirectory, state: str, detail: str = "") -> None: ...
 
 
 def most_urgent_first(jobs: Sequence[Job]) -> list[Job]:
-    """By the number of jobs that must still follow one after the other; equals stay in order."""
+    """Jobs by the length of the chain of jobs that must still follow them; ties keep their order."""
     children: dict[str, list[Job]] = {}
     for job in jobs:
         for parent in job.waits_for:

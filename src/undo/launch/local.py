@@ -29,7 +29,7 @@ MALLOC: Final = {
 
 @dataclass
 class Worker:
-    """A running job: its nanny, whose standard input we hold, and the device share it keeps until it is gone."""
+    """A running job: its nanny process, whose standard input we hold open, and the device share that it occupies."""
 
     job: Job
     slot: Slot
@@ -80,9 +80,9 @@ class Worker:
 
 
 def run_jobs(jobs: Sequence[Job], display: Display) -> dict[str, str]:
-    """Execute all jobs, each as soon as its parents are done and a device is free -> reason by name of failed run.
+    """Execute all jobs, each as soon as its parents are done and a device is free -> failed runs and the reasons.
 
-    Raises KeyboardInterrupt once every process is gone, if SIGINT or SIGTERM came.
+    After SIGINT or SIGTERM it raises KeyboardInterrupt once every process has ended.
     """
     gpus = visible_gpus()
     waiting, working, failed = most_urgent_first(jobs), list[Worker](), dict[str, str]()
@@ -136,7 +136,7 @@ def _report(worker: Worker, failed: dict[str, str], display: Display) -> None:
 
 
 def _after_exit(worker: Worker, failed: dict[str, str], display: Display) -> list[Job]:
-    """The job of what is left, if the process died in the middle: the run in hand has failed, the others go on."""
+    """A job for the remaining runs, if the process died in the middle. The run it was executing has failed."""
     _report(worker, failed, display)
     rest = [run for run in worker.job.runs if run.name not in worker.seen]
     if not rest:

@@ -50,7 +50,7 @@ def adopt_orphans() -> None:
 
 
 def kill_descendants() -> None:
-    """Until none is left: a process may fork while it is being looked for."""
+    """Kill descendants until none is left, since a process may fork while we look for it."""
     if sys.platform != "linux":
         return  # without /proc only the job itself is ended
     while True:

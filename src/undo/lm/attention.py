@@ -38,7 +38,7 @@ def masks(model: PreTrainedModel, tokens: Tokens) -> "Tensor | BlockMask | Block
     if kinds is None:
         return _mask(model, tokens, window)
     if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-        raise unsupported(model, f"documents cannot be kept apart in layers of {', '.join(unknown)}")
+        raise unsupported(model, f"documents cannot be separated in layers of {', '.join(unknown)}")
     full = _mask(model, tokens, None) if window is None or "full_attention" in kinds else None
     return {"full_attention": full, "sliding_attention": full if window is None else _mask(model, tokens, window)}
 

@@ -36,7 +36,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: no model of the library's ({str(error).splitlines()[0][:150]})") from None
+        raise ConfigError(f"{folder}: not a transformers model ({str(error).splitlines()[0][:150]})") from None
 
 
 def fresh(config: PreTrainedConfig, seed: int) -> PreTrainedModel:

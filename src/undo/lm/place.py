@@ -82,7 +82,7 @@ def verify(model: PreTrainedModel) -> None:
         raise unsupported(model, "what its head reads is not the norm of its last block's output")
     if not (found - expected).norm() <= exact * expected.norm():
         scaled = next((key for key in SCALES if getattr(config, key, 1.0) not in (None, 1, 1.0)), None)
-        reason = "its logits are not its head's products with its hidden states, documents apart"
+        reason = "its logits are not the products of its head and its hidden states, one document at a time"
         raise unsupported(model, reason + (f" (its config has {scaled})" if scaled else ""))
 
 

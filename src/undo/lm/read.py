@@ -60,7 +60,7 @@ def recorded(model: PreTrainedModel, tokens: Tokens) -> tuple[list[Tensor], list
     every = list(blocks(model))
     mlps = [getattr(block, "mlp", None) for block in every]
     if not all(isinstance(mlp, nn.Module) for mlp in mlps):
-        raise ConfigError(f"{type(model).__name__} has blocks without an `mlp`, whose outputs are asked for")
+        raise ConfigError(f"{type(model).__name__} has blocks without an `mlp`, but the method reads their outputs")
     with _outputs_of([*every, *cast(list[nn.Module], mlps)]) as found:
         _uncompiled(model, tokens)
     outputs = [output for (output,) in found]

@@ -134,5 +134,5 @@ def same_vocabulary(teacher: int, student: int) -> None:
     if teacher != student:
         raise ConfigError(
             f"the teacher has a vocabulary of {teacher}, the student one of {student}\n"
-            f"a student learns from a teacher's probabilities of the same words: choose models of one family"
+            f"a student needs the probabilities of the same tokens: choose models of one family"
         )

@@ -84,7 +84,7 @@ class Prepare(StageConfig):
             raise ValueError(f"data.{min(twice)} is given, but the world generates it")
         missing = {"retain", "forget"} - generated - set(self.data)
         if missing and set(self.data) != {"auxiliary"}:  # what one distills on may be of neither role
-            every = f"; `data` without variants.<name>. before it goes into every variant, and so into {self.variant}"
+            every = f"; `data.*` applies to every variant, {self.variant} too: use variants.<name>.data.* for one"
             raise ValueError(
                 f"data.{max(missing)} is missing: give data.{max(missing)}.path or .hub, or a world"
                 + every * bool(self.variant)

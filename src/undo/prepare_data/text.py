@@ -287,7 +287,7 @@ def _columns(column: str | tuple[str, ...]) -> list[str]:
 
 def _text(row: object, column: str | tuple[str, ...], where: str) -> str:
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}: is no object with a column {column!r}")
+        raise ConfigError(f"{where}: is not an object with a column {column!r}")
     parts = []
     for name in _columns(column):
         if name not in row:
@@ -315,4 +315,4 @@ def _parquet(file: Path, column: str | tuple[str, ...]) -> Iterator[str]:
             rows = zip(*(batch.column(name).to_pylist() for name in names), strict=True)
             yield from ("\n\n".join(text or "" for text in texts) for texts in rows)
     except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"{file}: is no parquet file, or a damaged one: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{file}: is not a parquet file, or is damaged: {str(error).splitlines()[0]}") from None

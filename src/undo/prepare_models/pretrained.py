@@ -72,12 +72,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError:
         raise ConfigError(f"model: {folder / 'config.json'} is not JSON") from None
     if not isinstance(facts, dict):
-        raise ConfigError(f"model: {folder / 'config.json'} is no mapping; give a model folder of the library's")
+        raise ConfigError(f"model: {folder / 'config.json'} is not the config of a transformers model")
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kinds = facts.get("architectures") or ["model of an unknown architecture"]
     if kinds[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        raise ConfigError(f"model: {folder} is a {kinds[0]}, no causal language model that transformers knows")
+        raise ConfigError(f"model: {folder} is a {kinds[0]}, which is not a causal language model of transformers")
     if not isinstance(facts.get("vocab_size"), int):  # of a model of several parts, too, which has it further down
         raise ConfigError(f"model: {folder / 'config.json'} has no vocab_size; give a model of text alone")
     return facts

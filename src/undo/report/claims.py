@@ -1,7 +1,7 @@
 """The paper's claims as checks on the runs at hand: what was measured, on how many seeds, and whether it holds.
 
-A claim is measured seed by seed. It holds if it does so on every seed there is, fails if on none, and is mixed
-otherwise; where no run speaks to it, it says so. Nothing here is tuned to pass: the comparisons are the paper's.
+A claim is measured seed by seed. It holds if it holds on every seed, fails if it holds on none, and is mixed otherwise.
+If no run speaks to it, the verdict is "not run". Nothing here is tuned to pass: the comparisons are the paper's.
 """
 
 import math
@@ -30,7 +30,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Claim:
-    """`observe` finds all seeds on which the runs at hand speak to the claim."""
+    """A sentence of the paper. `observe` yields one observation for each seed whose runs speak to it."""
 
     section: str
     sentence: str

@@ -1,4 +1,4 @@
-"""One page of everything that a setting's runs say: models, claims, figures, the unlearning sweep, what it cost."""
+"""One page about a setting's runs: models, claims, figures, the unlearning sweep, and the cost."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence

@@ -21,9 +21,9 @@ from undo.results.text import markdown
 
 
 def unlearning_sweep(results: Results) -> str | None:
-    """Initial and final performance of every unlearning run; where the paper prints the same run, its numbers beside.
+    """Initial and final performance of every unlearning run, with the paper's numbers where it prints the same run.
 
-    Bold: the runs whose models are distilled; for settings of another size the paper's own choice stands beside those.
+    Runs whose models are distilled are bold; at another size than the paper's, its own choice stands beside those.
     """
     runs, paper, same = results.of("unlearn"), results.shown.paper or "", results.shown.like_for_like
     if not runs or paper in PRETRAINED:  # its table is `points`
@@ -115,7 +115,7 @@ def main_sweeps(results: Results) -> dict[str, set[str]]:
 
 
 def beaten(results: Results) -> str:
-    """Each UNDO of Figures 7 and 11 at each strength of attack, and who beats it: medians over seeds."""
+    """Each UNDO model of Figures 7 and 11 at each strength of attack, and which models beat it: medians over seeds."""
     undo = {label for label, members in results.compared.items() if isinstance(members[0].arm, Undo)}
     rows = []
     for step in results.attack_steps if undo else ():

@@ -1,9 +1,9 @@
 """Three points across the frontier of a search over unlearning runs, by rule (Appendix D.2.3; Table 10 is the paper's).
 
 The paper sweeps alpha and the learning rate and "chose three points across the frontier"; the one that retains best is
-the teacher of UNDO. Here: of the runs of a method that forget at least half as much as the one that forgets most, those
-that no other beats on both sides; of these the one that retains best, the one that retains worst, and the one that is
-nearest to the middle between them. A frontier of fewer than three is filled up with the runs that retain best.
+the teacher of UNDO. Here the choice is a rule. Take the runs of a method that forget at least half as much as the one
+that forgets most, and of these the Pareto front. Choose the run that retains best, the one that retains worst, and the
+one nearest the middle between them. A front of fewer than three runs is filled up with the runs that retain best.
 """
 
 from collections.abc import Mapping, Sequence

@@ -32,7 +32,7 @@ INTERRUPTED: Final = 75  # exit status of a worker that stopped at a checkpoint 
 
 
 class Diverged(Exception):  # noqa: N818  # an outcome, not an error
-    """The loss or the gradient was not finite at this step: a result of an attack, a failure of everything else."""
+    """The loss or the gradient was not finite at this step. For an attack this is a result, elsewhere a failure."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"diverged at step {step}: the loss or its gradient is not finite")
@@ -40,11 +40,11 @@ class Diverged(Exception):  # noqa: N818  # an outcome, not an error
 
 
 class Interrupted(Exception):  # noqa: N818
-    """The run was asked to stop, and has saved where it was."""
+    """The run was asked to stop and has saved a checkpoint."""
 
 
 class RunDirectory:
-    """A run as others see it: done or not, its config, its records, its model."""
+    """A run seen from outside: whether it is done, its config, its records, its model."""
 
     def __init__(self, runs: Path, setting: str, name: str) -> None:
         """`name` is <stage>/<name>."""
@@ -88,7 +88,7 @@ class RunDirectory:
 
     @property
     def config(self) -> Raw:
-        """Raises ConfigError for a file that cannot be read as it was written."""
+        """The config as plain values. Raises ConfigError for a missing or damaged file."""
         path = self.folder / "config.yaml"
         try:
             values = load_yaml(path)
@@ -109,7 +109,7 @@ class RunDirectory:
         return self.folder / "log.txt"
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """All complete lines of metrics.jsonl; a line that is being written is left out."""
+        """All complete lines of metrics.jsonl. A line that is still being written is left out."""
         return self._lines()
 
     def _lines(self, keys: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
@@ -127,7 +127,7 @@ class RunDirectory:
         return {r["step"]: r for r in self._lines(('"retain"', '"forget"'))}
 
     def claim(self, config: StageConfig) -> None:
-        """Make the folder this config's, or find that it is already. Raises ConfigError if it is another's."""
+        """Take the folder for this config, or find that it has it already. Raises ConfigError if it has another."""
         wanted = as_raw(config)
         if (self.folder / "config.yaml").exists():
             changed = differences(without_execution(_completed(self.config, config)), without_execution(wanted))
@@ -152,7 +152,7 @@ class RunDirectory:
         return self.facts["identity"] if self.done else ""
 
     def is_stale(self, config: StageConfig) -> str | None:
-        """The parent that has been made anew with other settings since this run was done, if there is one."""
+        """A parent that was made again with other settings after this run was done, if there is one."""
         recorded = self.facts["parents"]
         for parent in config.parents():
             if recorded.get(parent) != self.sibling(parent).identity():
@@ -160,7 +160,7 @@ class RunDirectory:
         return None
 
     def fail(self, reason: str, diverged: int | None = None) -> None:
-        """Leave the reason for the launcher, if that is possible: the disk may be what failed.
+        """Leave the reason for the launcher, if possible; the disk itself may have failed.
 
         diverged: the step whose loss or gradient was not finite, where that is the reason.
         """
@@ -171,7 +171,7 @@ class RunDirectory:
         (self.folder / "failure.json").unlink(missing_ok=True)
 
     def is_held(self) -> bool:
-        """Whether a process has the run in hand."""
+        """Whether a process is executing the run."""
         if not self.folder.exists():
             return False
         with self.lock(wait=False) as free:
@@ -182,7 +182,7 @@ class RunDirectory:
 
     @contextmanager
     def lock(self, wait: bool) -> Iterator[bool]:
-        """Hold the run for oneself; yields False at once if another process has it and `wait` is not set."""
+        """Hold the run exclusively. Yields False at once if another process holds it and `wait` is not set."""
         with open(self.folder / ".lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -193,7 +193,7 @@ class RunDirectory:
 
 
 def _completed(old: Raw, config: StageConfig) -> Raw:
-    """A config as it was written, with the defaults of keys that did not exist yet: they are what was done then."""
+    """A config as it was written, plus the defaults of keys that did not exist then, which describe what was done."""
     try:
         return as_raw(type(config).model_validate_json(json.dumps(old)))
     except ValidationError:

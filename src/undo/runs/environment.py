@@ -13,8 +13,8 @@ from undo.runs import ranks
 
 
 def environment() -> dict[str, Any]:
-    """Where and with what a run was executed. Peak memory is the process's own, earlier runs of it included; of several
-    devices it is the leader's."""
+    """Where and with what a run was executed. Peak memory is that of the process, including earlier runs in it;
+    with several devices it is the leader's."""
     device, peak = platform.processor() or platform.machine(), None
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
 
 @cache
 def git_revision() -> str | None:
-    """The revision of this code, with + if files were changed since; None outside a checkout."""
+    """The git revision of this code, with a + if tracked files have changed; None outside a checkout."""
     if CHECKOUT is None:
         return None
     try:

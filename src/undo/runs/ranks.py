@@ -1,8 +1,8 @@
-"""One run on several devices: a process for each, a rank of torchrun's. What the ranks must agree on goes through here.
+"""One run on several devices: one process (a rank of torchrun) per device, and what the ranks must agree on.
 
-Every rank computes along; the first, the leader, alone writes to the run's directory. Ranks take part in the same
-collective calls in the same order, so whatever decides about one (to stop, to evaluate, to skip) is agreed on before.
-Agreements go through gloo on the CPU: they never wait for a GPU. With one process nothing here imports torch.
+Every rank computes; only the first one, the leader, writes to the run's directory. Ranks must make the same collective
+calls in the same order, so they first agree on whatever decides about such a call: to stop, to evaluate, to skip.
+Agreements use gloo on the CPU and never wait for a GPU. With one process nothing here imports torch.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-# Set by torchrun for its ranks; what a user's environment says of them is not about our runs.
+# Set by torchrun. Values inherited from the user's shell are removed.
 VARIABLES: Final = (
     "RANK",
     "LOCAL_RANK",
@@ -39,7 +39,7 @@ def leads() -> bool:
 
 
 def this_process() -> "PartialState":
-    """Its device, and its place among the processes of the run. Without CUDA: the CPU, on a Mac too."""
+    """The device of this process, and its place among the run's. Without CUDA it is the CPU, also on a Mac."""
     import torch
     from accelerate import PartialState
 
@@ -50,7 +50,7 @@ def this_process() -> "PartialState":
 
 
 def of_the_leader(value: Value) -> Value:
-    """What the leader has; the others' is not looked at. Only between processes of one run: it is pickled."""
+    """The leader's value, on every rank. It is pickled, which is safe between processes of one run."""
     if count() == 1:
         return value
     import torch
@@ -62,7 +62,7 @@ def of_the_leader(value: Value) -> Value:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether any rank says so."""
+    """Whether the flag is set on any rank."""
     if count() == 1:
         return flag
     import torch

@@ -72,7 +72,7 @@ class Run(RunDirectory):
         sync(self._checkpoint.parent)
 
     def load_checkpoint(self) -> "tuple[dict[str, Tensor], dict[str, Any]] | None":
-        """The tensors and the progress note, with metrics.jsonl cut back to where it stood then. None: start anew."""
+        """The last checkpoint's tensors and progress. metrics.jsonl is cut back to that point. None: start afresh."""
         saved = self._read_checkpoint()
         if saved is None:
             self._metrics.truncate(0)
@@ -96,7 +96,7 @@ class Run(RunDirectory):
 
     @classmethod
     def stop_on_signals(cls) -> None:
-        """From now on SIGTERM and SIGINT ask the loop to save and leave; outside of it they raise Interrupted."""
+        """From now on SIGTERM and SIGINT ask the loop to save and leave. Outside the loop they raise Interrupted."""
 
         def request(signum: int, frame: FrameType | None) -> None:
             cls._stop_requested = True
@@ -122,7 +122,7 @@ class Run(RunDirectory):
     # --- the end ---------------------------------------------------------------------------------------------------
 
     def finish(self, **facts: Any) -> None:
-        """Write run.json: the run is done. `facts` are the stage's own, such as steps, tokens and flops."""
+        """Write run.json, which marks the run as done. `facts` come from the stage, such as steps and FLOPs."""
         config = self.configured
         parents = {name: self.sibling(name).identity() for name in config.parents()}
         self._metrics.close()
@@ -142,7 +142,7 @@ class Run(RunDirectory):
 
 
 class Follower(Run):
-    """A run as a rank holds it that computes along and leaves all records to the leader."""
+    """A run as seen by the ranks that compute but leave all records to the leader."""
 
     leads = False
 

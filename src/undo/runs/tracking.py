@@ -1,6 +1,6 @@
 """Weights & Biases beside metrics.jsonl: off by default, offline or online by `execution.tracking`.
 
-The records on disk are the truth; the tracker gets a copy, and a run never fails because of it being off. Tokens come
+The records on disk are the truth. The tracker gets a copy, and it is off unless a config asks for it. Tokens come
 from tokens/wandb_token.txt or WANDB_API_KEY, and go to the tracker's own login only.
 """
 
@@ -29,7 +29,7 @@ class NoTracker:
 
 
 class WandbTracker:
-    """One W&B run for one of ours, with the same name, grouped by stage; a resumed run goes on in the same one."""
+    """One W&B run for each of ours, with the same name and grouped by stage. A resumed run continues in it."""
 
     def __init__(self, run: "RunDirectory", config: StageConfig) -> None:
         import wandb

@@ -1,16 +1,16 @@
 """WMDP: unlearn, noise, distill and attack a pretrained model. Section 6, Appendix D.2, Figures 8 and 11.
 
-    prepare   data, and the model: fetched, or in wmdp_small pretrained
-    search    unlearning over alpha and learning rates on one seed, and the choice of three points a method; a run that
-              diverges is left out of it
+    prepare   data and the model, which is fetched (in wmdp_small: pretrained)
+    search    unlearn over alpha and learning rates on one seed, and choose three points of each method, without the
+              runs that diverge
     unlearn   every method at its points, over the seeds
     undo      distill the best-retaining points into noised copies of themselves
     relearn   every adversary on every model
     figures   Figures 8 and 11, Tables 10 and 13, claims, costs
 
-Without --stage all of them, in this order; the search only where the setting's unlearn.yaml says `points: search`
-(wmdp_bio and wmdp_cyber have the points of Table 10). It is run_all.py in two parts, with a choice in between.
---only chooses among all runs; the search is made whole where it wants a run that needs the points.
+Without --stage it runs all of them in this order, and the search only if the setting's unlearn.yaml says `points:
+search` (wmdp_bio and wmdp_cyber have the points of Table 10). It is run_all.py in two parts, with a choice in between.
+--only chooses among all runs; if it selects a run that needs the points, the whole search is made first.
 """
 
 import argparse
@@ -48,7 +48,7 @@ BASE: Final = ("pretrain",)  # one model serves all seeds, as the hub's does: se
 
 
 def with_model(overrides: list[str], folder: Path) -> list[str]:
-    """`model=X` is the model of the base stage, and its tokenizer is that of the data."""
+    """`model=X` sets the model of the base stage, and the tokenizer of the data to that of the model."""
     routed = []
     for text in overrides:
         key, _, value = text.partition("=")
@@ -59,7 +59,7 @@ def with_model(overrides: list[str], folder: Path) -> list[str]:
 
 
 def search(args: argparse.Namespace, folder: Path) -> list[PlannedRun]:
-    """All runs that the points are chosen from, and what they stand on: --only and --with do not change the search."""
+    """All runs that the points are chosen from, and their parents. --only and --with do not change the search."""
     everything = argparse.Namespace(**{**vars(args), "only": None, "extra": []})
     before, _ = planned_in(folder, everything, PARTS["search"], BASE)
     overrides = route(parse_overrides(args.overrides))["unlearn"]
@@ -72,10 +72,10 @@ def search(args: argparse.Namespace, folder: Path) -> list[PlannedRun]:
 
 
 def search_first(args: argparse.Namespace, folder: Path, stages: Collection[str]) -> tuple[int, list[str], bool]:
-    """Run the search, or what --only wants of it, and choose -> exit status, names of its runs, whether that is all.
+    """Run the search, or its part that --only selects, and choose -> exit status, its runs' names, whether that is all.
 
-    Without --stage the runs behind it are planned first, with stand-ins for the points: a mistake in them, or an
-    --only that matches nothing, is said before hours of search.
+    Without --stage the later runs are planned first, with stand-ins for the points, so that a mistake in them, or an
+    --only that matches nothing, is reported before hours of search.
     """
     every = part = search(args, folder)
     last = args.stage == "search"
@@ -98,12 +98,12 @@ def search_first(args: argparse.Namespace, folder: Path, stages: Collection[str]
 
 
 def diverged(run: PlannedRun) -> bool:
-    """Whether it is a run of the search whose numbers were no longer finite: an outcome, that stops nothing."""
+    """Whether a run of the search ended because its numbers were not finite: an outcome that stops nothing."""
     return isinstance(run.config, Unlearn) and run.directory.diverged
 
 
 def choose(runs: list[PlannedRun], folder: Path) -> None:
-    """Write the points of every method into the setting's folder of runs, and print them. What diverged is left out."""
+    """Write the chosen points of every method into the setting's folder of runs, and print them."""
     from omegaconf import OmegaConf
 
     by_method: dict[str, list[Result]] = {}

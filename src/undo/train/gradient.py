@@ -26,8 +26,8 @@ Gradients = Sequence[Tensor | None]  # one for each trained weight, None where t
 class Gradient(Protocol):
     """The gradient of the sum of the named terms (None: all) on the step's whole batch, at the weights as they are.
 
-    Exact over micro-batches and devices; may be asked any number of times in a step. `progress` is how much of the
-    training is done, from 0 to 1; `weights` are those that are trained.
+    It is exact over micro-batches and devices, and may be called any number of times in a step. `progress` is the share
+    of the training that is done, from 0 to 1; `weights` are the trained ones.
     """
 
     @property
@@ -43,7 +43,7 @@ Step = Callable[[Gradient], tuple[Terms, Gradients]]  # what the optimiser takes
 
 
 def plain(gradient: Gradient) -> tuple[Terms, Gradients]:
-    """The gradient of the loss."""
+    """The gradient of the loss: the step of most methods."""
     return gradient()
 
 

@@ -1,8 +1,8 @@
 """THE training loop: pretraining, unlearning, distillation and relearning are this loop with another objective.
 
-A step takes one global batch. Its order and content depend on the seed and the step only, never on the number of
-devices or on the micro-batch split; micro-batch gradients and the gradients of all devices add up to the gradient of
-the whole batch. Evaluation stands at the top of the step, so initial, periodic and final evaluation are one line.
+A step takes one global batch. Its content depends on the seed and the step only, never on the number of devices or on
+the micro-batch split. The gradients of micro-batches and devices add up to the gradient of the whole batch. Evaluation
+stands at the top of the step, so that initial, periodic and final evaluation are one line.
 """
 
 import math
@@ -35,7 +35,7 @@ Stop = Callable[[Mapping[str, float]], bool]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished loop says: optimiser steps, tokens trained on and evaluated on, and the last evaluation."""
+    """What a finished loop returns: optimiser steps, tokens trained on and evaluated on, and the last evaluation."""
 
     steps: int
     tokens: int
@@ -141,7 +141,7 @@ def _optimizer(weights: Sequence[nn.Parameter], cfg: Training) -> torch.optim.Op
 
 @dataclass
 class _Pace:
-    """How fast this process trains. Its first step compiles and warms up, so it counts only if it is the only one."""
+    """How fast this process trains. The first step compiles and warms up, so it counts only if there is no other."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -158,9 +158,9 @@ class _Pace:
 
 
 def _evaluate(evaluate: Evaluate, cfg: Training, done: "_Progress", autocast: torch.autocast, stop: Stop) -> bool:
-    """Write the evaluation of this step down in `done`; return whether to stop.
+    """Write the evaluation of this step into `done`; return whether to stop.
 
-    Never on a student that has learned nothing yet, and never on what a subset says: then the whole set is asked.
+    A run never stops before its first step, and never on the word of a subset: the whole set is evaluated first.
     """
     full = cfg.evaluates_fully(done.step)
     with torch.no_grad(), autocast:

@@ -12,9 +12,9 @@ from undo.lm.tokens import Tokens
 def noise_distance(activations: Sequence[Tensor], tokens: Tokens, sample: int, seed: int) -> Tensor:
     """Sum over documents of the mean over `activations` of MMD^2(their tokens, Gaussian noise). Scalar.
 
-    activations: each [rows, length, width]. A document gives its labelled positions, at most `sample` of them. Which
-    ones, and the noise, depend on `seed` and on the document's tokens alone: a second pass over the batch, or another
-    packing of it, says the same.
+    activations: each [rows, length, width]. Each document contributes at most `sample` of its labelled positions. Which
+    ones, and the noise, depend only on `seed` and the document's tokens, so a second pass over the batch, or another
+    packing of it, gives the same value.
     """
     _, sizes = tokens.at_labels(tokens.document).unique_consecutive(return_counts=True)
     ids = tokens.at_labels(tokens.input_ids).cpu().split(counts := sizes.tolist())

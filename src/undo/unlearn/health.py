@@ -1,4 +1,4 @@
-"""What an unlearning run says about itself, so that one that cannot work is seen before its model is used.
+"""Checks and records of an unlearning run, so that one that cannot work is noticed before its model is used.
 
 A filter that matches no parameter, or a term without a gradient, is an error. Every run records how many weights it
 trains, the gradient norm of each term at the first step, how far the weights moved, and the forget cross entropy
@@ -56,8 +56,8 @@ def choose_weights(model: nn.Module, method: Method) -> None:
         weight.requires_grad_(method.trains(parameter))
     if not any(weight.requires_grad for weight in model.parameters()):
         raise ConfigError(
-            "the method trains no parameter of this model: trained_layers names blocks that it has not, or its blocks "
-            "have no mlp.down_proj"
+            "the method trains no parameter of this model: trained_layers names blocks that it does not have, or its "
+            "blocks have no mlp.down_proj"
         )
 
 
@@ -74,13 +74,13 @@ def gradient_norms(gradient: Gradient, method: Method) -> dict[str, float]:
         if norm == 0 and term not in method.zero_at_first:
             raise ConfigError(
                 f"the loss term {term!r} has no gradient at the first step, so it would change nothing\n"
-                f"its weight is 0, or nothing that is trained has a part in it: look at the keys of method"
+                f"its weight is 0, or it does not depend on any trained weight: check the keys of method"
             )
     return norms
 
 
 def recorded_norms(run: RunDirectory) -> dict[str, float]:
-    """What gradient_norms said at the first step, in this process or in an interrupted one."""
+    """The gradient norms of the first step, recorded by this process or by an interrupted one before it."""
     lines = (record for record in run.records() if any(key.startswith("gradient/") for key in record))
     return {key: value for key, value in next(lines, {}).items() if key != "step"}
 

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class Method(Frozen):
-    """A method is its hyper-parameters and its equation, nothing else: loop, data and records are not its own.
+    """A method is its hyper-parameters and its equation. The loop, the data and the records are elsewhere.
 
-    A config is read without torch, so a method imports `undo.losses` where it uses it, inside `objective`.
+    Configs are read without torch, so a method imports `undo.losses` inside `objective`, where it uses it.
     """
 
     title: ClassVar[str] = ""  # in figures and tables; "": its name
     mark: ClassVar[str] = "h"  # of its points: a matplotlib marker
     color: ClassVar[str] = "#777777"  # of its models in figures
     student_color: ClassVar[str] = "#444444"  # of models that are distilled from them
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # name -> values of keys; keys that are given beside it win
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # name -> values of keys; keys given beside a preset win
 
     preset: str | None = None
 
@@ -64,8 +64,8 @@ class Method(Frozen):
     ) -> "Objective":
         """A function from a batch with the roles `retain` and `forget` to named, weighted loss terms.
 
-        `reference` is frozen, and None unless `needs_reference`. Whatever is random is drawn from `rng`, before the
-        function is returned: it may be called more than once a step, and must then say the same.
+        `reference` is frozen, and None unless `needs_reference`. Draw everything random from `rng` before returning the
+        function: it may be called several times in a step, and must give the same answer each time.
         """
         raise TypeError(f"{type(self).__name__} has no objective")
 
@@ -75,9 +75,9 @@ class Method(Frozen):
 
     @property
     def held_per_weight(self) -> int:
-        """Bytes that `step` holds for each trained weight, at most, beside the one fp32 gradient that is being formed.
+        """Most bytes per trained weight that `step` holds beside the one fp32 gradient that is being formed.
 
-        The estimate of a run's memory has them: what a step keeps while it asks for another gradient, or adds two up.
+        Used by the memory estimate. Counts tensors kept alive while a second gradient is computed or two are summed.
         """
         return 0
 
@@ -86,7 +86,7 @@ class Method(Frozen):
         return True
 
     def flops_per_token(self, model: Shape, length: int) -> int:
-        """Of one step. The default: forward and backward through the whole model (3 forward passes)."""
+        """FLOPs of a step per token. The default: forward and backward through the whole model, 3 forward passes."""
         return 3 * model.forward_flops(length)
 
 

@@ -1,4 +1,4 @@
-"""Methods that stand on another one: its terms, with something added or with another step."""
+"""Methods that stand on another one: they use its terms, and add to them or take another step."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ from undo.unlearn.plain import PlainMethod
 
 
 class OnTop(Method):
-    """Base of the methods that have a `base`, by default MaxEnt, as in Section 6."""
+    """A method that stands on another one, its `base`: by default MaxEnt, as in Section 6."""
 
     base: Annotated[PlainMethod, Field(discriminator="name")] = MaxEnt()
 

@@ -14,15 +14,15 @@ class RepNoise(OnTop):
     them names. Both terms are taken by document, so that micro-batches add up; the published code takes whole batches,
     in which an activation sequence is one point of 10^6 dimensions.
 
-    Unpaired, as UNDO has it: all forget tokens. `paired`, as published: only those that a harmless answer to the same
-    prompt does not have at the same place (prepare.data.forget.paired_with names its column). Activations are taken
-    where such a token is read, losses where it is said: the published code masks both by what is read, and so leaves
-    out the first token in which the answers differ.
+    Unpaired, as in UNDO, it uses all forget tokens. `paired`, as published, it uses only those that a harmless answer
+    to the same prompt does not have at the same place (prepare.data.forget.paired_with names its column). Activations
+    are masked at input positions, losses at label positions; the official code uses the input mask for both, and so
+    leaves out the first token in which the answers differ.
 
-    Further from the published code: its lens also reads the embeddings, and counts the final loss twice; its base is
-    cross entropy on harmless answers alone, so `official` is its weights and its pairs, on top of `base`. Here both
-    terms keep their weight whatever `base` does: the authors of UNDO put them inside the forget term, so that on WMDP
-    they are multiplied by (1 - alpha).
+    Other differences from the published code: its lens also reads the embeddings and counts the final loss twice, and
+    its base is cross entropy on harmless answers alone, so `official` has its weights and its pairs on top of `base`.
+    Here both terms keep their weight whatever `base` does. The authors of UNDO put them inside the forget term, so that
+    on WMDP they are multiplied by (1 - alpha).
     """
 
     name: Literal["repnoise"] = "repnoise"

@@ -49,7 +49,7 @@ def unlearn(cfg: Unlearn, run: Run) -> None:
 
     if cfg.method.needs_pairs and not open_store(run.sibling(cfg.data), "forget").paired:
         raise ConfigError(
-            f"method.paired=true, but the forget data of {cfg.data} are no pairs\n"
+            f"method.paired=true, but the forget data of {cfg.data} are not pairs\n"
             f"prepare them with data.forget.paired_with=<column of the harmless answer>, or set method.paired=false"
         )
     require_memory(cfg, run, cfg.reference, [cfg.reference] if cfg.method.needs_reference else [])

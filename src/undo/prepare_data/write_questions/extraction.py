@@ -91,7 +91,7 @@ class Extraction:
             await self._writer.close()
 
     def _missing(self, asked: int) -> int:
-        """Questions that those who are being asked will not give."""
+        """Questions still needed after the requests in flight."""
         return self._wanted - self._ledger.kept - asked * self._per_passage
 
     async def _one(self, passage: Passage) -> None:

@@ -158,7 +158,7 @@ class Endpoint:
                     f"mend --endpoint, which ends in /v1 with most servers, or --model"
                 )
             case 402:
-                return ConfigError(f"{self._url} wants to be paid (HTTP 402: {said})")
+                return ConfigError(f"{self._url}: payment required (HTTP 402: {said})")
             case _ if 300 <= status < 400:
                 where = self._clean(response.headers.get("location", "another address"))
                 return ConfigError(f"{self._url} sends us to {where}\ngive that as --endpoint if you trust it")
@@ -187,7 +187,7 @@ def check_url(url: str) -> str:
     except (httpx2.InvalidURL, ValueError):
         parsed = None
     if parsed is None or parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ConfigError("--endpoint: is no address; give one such as http://localhost:8000/v1")
+        raise ConfigError("--endpoint: is not an address; give one such as http://localhost:8000/v1")
     if parsed.userinfo or parsed.query:
         raise ConfigError(
             "--endpoint: must hold no password and no ?key=, or they would be kept with the questions\n"

@@ -24,9 +24,9 @@ def average_relearning_curves(results: Results) -> "Figure | Missing":
 
 
 def _panels(results: Results, bold: Summary) -> "Figure | Missing":
-    """One panel for each distilled student, with its unlearned teacher and the oracle beside it.
+    """One panel for each distilled student, with its unlearned teacher and the oracle.
 
-    With several seeds, the first one is drawn. A cross entropy axis ends above where the oracle starts.
+    With several seeds, the first one is drawn. An axis of cross entropy ends just above the oracle's start.
     """
     from undo.report.figures.style import panels
 

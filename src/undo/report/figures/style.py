@@ -1,4 +1,4 @@
-"""Colours and sizes of all figures: legible at column width, and without telling red from green."""
+"""Colours and sizes of all figures: legible at column width, and without relying on red against green."""
 
 from typing import Final
 

@@ -17,8 +17,8 @@ SHOWN: Final = ("graddiff", "maxent", "rmu")  # the paper's, and whatever later 
 def unlearning_tradeoff(results: Results) -> "Figure | Missing":
     """One panel a method: retain and forget performance over unlearning steps, one line a learning rate.
 
-    The rates stand above the panel, from light to dark; thick: the one whose model the later stages start from. With
-    several seeds, the first one is drawn.
+    The title lists the learning rates, drawn from light to dark. The thick line is the run whose model later stages
+    start from. With several seeds, the first one is drawn.
     """
     from undo.report.figures.style import COLORS, panels
 
