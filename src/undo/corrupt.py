@@ -10,13 +10,14 @@ if TYPE_CHECKING:
 
 
 class Noise(Frozen):
-    """How much of the weights to replace by noise, and by which.
+    """How much of the weights to replace by noise, and by which noise.
 
-    distribution: `xavier`, the paper's: Xavier-uniform for matrices, zero for vectors. `init`: what a fresh model of
-    the same architecture would draw, so that alpha = beta = 1 is exactly a random initialisation.
-    norms: `paper` shrinks vectors like all other weights, `keep` leaves them alone. None: as the architecture needs it,
-    vector by vector. One that a fresh model starts at 0 is shrunk (biases, and Gemma's norms, which multiply by 1 + w);
-    one that it starts elsewhere is kept (the norms of Llama or Qwen multiply by w: without it nothing comes through).
+    distribution: `xavier` is the paper's: Xavier-uniform for matrices, zero for vectors. `init` draws what a fresh
+    model of the same architecture would, so that alpha = beta = 1 is exactly a random initialisation.
+    norms: `paper` shrinks vectors like all other weights; `keep` leaves them alone. None decides vector by vector, as
+    the architecture needs. A vector that a fresh model starts at 0 is shrunk (biases, and Gemma's norms, which
+    multiply by 1 + w). One that starts elsewhere is kept (the norms of Llama or Qwen multiply by w, and shrinking them
+    breaks the model).
     """
 
     alpha: Share
@@ -63,8 +64,8 @@ class Noise(Frozen):
 def starts_at_zero(name: str, model: "nn.Module") -> bool:
     """Whether the model's architecture initialises the vector of this name to 0, without a second model.
 
-    The module that holds it is copied and initialised anew, by the model's own rule (transformers' `_init_weights`) or
-    by torch's. Biases of layers with a matrix start at 0 in the library; those layers are not copied.
+    Copies the module that holds it and initialises the copy by the model's own rule (transformers' `_init_weights`)
+    or by torch's. Layers with a matrix are not copied: their biases start at 0 in transformers.
     """
     from copy import deepcopy
 

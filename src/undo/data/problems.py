@@ -19,7 +19,7 @@ OPERATIONS: Final[dict[Role, tuple[Operation, Operation]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`prompt` + `answer` is the text; the answer starts with the space that separates it from the prompt."""
+    """The text is `prompt` + `answer`. The answer starts with the space that separates it from the prompt."""
 
     operation: Operation
     form: Form

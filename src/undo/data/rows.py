@@ -1,4 +1,4 @@
-"""Packed rows as a stream reads them: of a store on disk, or of documents in memory."""
+"""Packed rows as a stream reads them, from a store on disk or from documents in memory."""
 
 from collections.abc import Sequence
 from typing import Protocol

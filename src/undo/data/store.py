@@ -56,8 +56,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 class StoreWriter:
     """Writes a store window by window, in bounded memory. The folder appears only when it is complete.
 
-    After each window the caller's `state` is on disk with it: another process that opens the same folder finds the
-    last one, and goes on from there.
+    After each window the caller's `state` is on disk with it, so that another process that opens the same folder can
+    continue from there.
     """
 
     def __init__(self, folder: Path, length: int, vocab_size: int, paired: bool = False) -> None:
@@ -78,7 +78,7 @@ class StoreWriter:
                 self._append(name, np.zeros(1, dtype="<i8"))
 
     def add(self, documents: Sequence[np.ndarray], state: dict[str, Any]) -> None:
-        """Cut documents to rows, pack them, and leave `state` (plain values) for whoever has to continue."""
+        """Cut documents into pieces, pack them, and leave `state` (plain values) for whoever has to continue."""
         pieces = [doc[i : i + self.length] for doc in documents for i in range(0, len(doc), self.length)]
         if pieces:
             lengths = np.array([len(piece) for piece in pieces])
@@ -112,19 +112,19 @@ class StoreWriter:
 
 
 def token_bytes(vocab_size: int, paired: bool = False) -> int:
-    """What a token takes in a store."""
+    """Bytes per token in a store."""
     return 4 if paired else max(2, ((vocab_size - 1).bit_length() + 7) // 8)
 
 
 def partial_of(folder: Path) -> Path:
-    """Where a store lies while it is written."""
+    """The folder of a store while it is being written."""
     return folder.with_name(folder.name + ".partial")
 
 
 def pack(
     documents: Iterable[np.ndarray], folder: Path, length: int, vocab_size: int, paired: bool = False
 ) -> "TokenStore":
-    """Write a store of rows of at most `length` tokens in one go, whatever an earlier attempt has left."""
+    """Write a store of rows of at most `length` tokens in one go, discarding what an earlier attempt left."""
     shutil.rmtree(partial_of(folder), ignore_errors=True)
     writer = StoreWriter(folder, length, vocab_size, paired)
     for window in batched(documents, WINDOW, WINDOW_TOKENS):
@@ -136,7 +136,7 @@ Sized = TypeVar("Sized", np.ndarray, str)
 
 
 def batched(items: Iterable[Sized], count: int, size: int) -> Iterator[list[Sized]]:
-    """Lists of at most `count` items, each ended early by the item with which its total length reaches `size`."""
+    """Lists of at most `count` items; a list ends early once the total length of its items reaches `size`."""
     batch, total = [], 0
     for item in items:
         batch.append(item)

@@ -12,7 +12,7 @@ from undo.lm.tokens import Tokens, collate
 class MixedStream:
     """An endless stream of batches mixed from stores by share. `batch(step)` depends on the seed and the step alone.
 
-    Each slot of the stream draws its role by the shares; each role's rows come in a new random order every epoch.
+    Each slot of the stream draws its role by the shares. Each role's rows come in a new random order every epoch.
     """
 
     def __init__(

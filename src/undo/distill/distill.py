@@ -31,7 +31,7 @@ class DistillingStage(TrainingStage):
 
 
 def distill(cfg: DistillingStage, run: Run, student: "PreTrainedModel") -> None:
-    """Train `student` towards the teacher's outputs until the threshold or the last step; save it, finish the run."""
+    """Train `student` on the teacher's outputs until the threshold or the last step; save it and finish the run."""
     from undo.lm.place import freeze
     from undo.lm.read import head
     from undo.losses import forward_kl

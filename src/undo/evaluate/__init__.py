@@ -1,6 +1,6 @@
-"""Evaluations: a config block that is loaded once for a run, and then called with the model -> named numbers.
+"""Evaluations: config blocks that are loaded once for a run and then called with the model -> named numbers.
 
-Every evaluation reports `retain` and `forget`, and says whether larger is better; all else in the project goes by that.
+Every evaluation reports `retain` and `forget` and says whether larger is better. All comparisons go by that.
 """
 
 from typing import Annotated

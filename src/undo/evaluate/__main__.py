@@ -1,6 +1,6 @@
 """python -m undo.evaluate export FOLDER path=... [shots=5 shots_path=... share=0.4 ...]
 
-Writes the questions as a task folder of the lm-evaluation-harness and prints the command that measures the same.
+Writes the questions as a task folder of the lm-evaluation-harness and prints the command that measures it.
 """
 
 import shlex

@@ -1,7 +1,7 @@
 """Exact-match accuracy by one teacher-forced pass over packed problems.
 
 Greedy decoding produces the answer exactly if, given the right answer so far, each of its tokens is the arg-max. So
-one forward pass over prompt + answer + <eos> settles what decoding token by token would (a test holds them equal).
+one forward pass over prompt + answer + <eos> decides what decoding token by token would (a test checks this).
 The softcap is monotone and is left out.
 """
 
@@ -70,7 +70,7 @@ def summarise(problems: list[Problem], hits: "np.ndarray") -> dict[str, float]:
 def encode(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> "tuple[np.ndarray, int]":
     """Tokens of <bos> prompt answer <eos>, and how many of them are the prompt's.
 
-    Raises ConfigError if the tokenizer joins the end of the prompt with the answer: then there is no such number.
+    Raises ConfigError if the tokenizer joins the end of the prompt with the answer, since then there is no boundary.
     """
     import numpy as np
 

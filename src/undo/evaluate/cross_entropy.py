@@ -1,4 +1,4 @@
-"""Mean cross entropy per token on packed validation text, by role; multiple choice beside it, if wanted."""
+"""Mean cross entropy per token on packed validation text, by role, with multiple choice beside it if configured."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 

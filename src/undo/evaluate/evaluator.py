@@ -1,4 +1,4 @@
-"""What every evaluation has."""
+"""What all evaluations share."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
@@ -15,7 +15,7 @@ SHARE: Final = "validation_share"  # how much of the set was used; stands beside
 
 
 class Measured(NamedTuple):
-    """Named numbers, always with `retain` and `forget`, and what it took."""
+    """Named numbers, always with `retain` and `forget`, and the number of tokens it took."""
 
     values: dict[str, float]
     tokens: int
@@ -35,10 +35,10 @@ class EvaluationConfig(Frozen):
     subset: Count | None = None  # size of the fixed subset for periodic evaluations; None: always the whole set
 
     def check(self) -> None:
-        """Raises ConfigError for what is wrong with the evaluation's own files, before a model is loaded."""
+        """Raises ConfigError for mistakes in the evaluation's own files, before a model is loaded."""
 
     def load(self, data: RunDirectory, device: "torch.device") -> Evaluator:
-        """Read the validation data of a prepare run, tokenise what must be tokenised, once."""
+        """Read the validation data of a prepare run, and tokenise once what must be tokenised."""
         raise TypeError(f"{type(self).__name__} does not say how to load its data")
 
     def reaches(self, value: float, target: float, tolerance: float) -> bool:
@@ -46,7 +46,7 @@ class EvaluationConfig(Frozen):
         return value >= target * (1 - tolerance) if self.higher_is_better else value <= target * (1 + tolerance)
 
     def split(self, size: int) -> tuple[Sequence[int], Sequence[int]]:
-        """Indices of the subset, evenly spaced over the set, and of the rest: a full evaluation reads both."""
+        """Indices of the subset, evenly spaced over the set, and of the rest. A full evaluation reads both."""
         import numpy as np
 
         if self.subset is None or self.subset >= size:

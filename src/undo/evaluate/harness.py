@@ -64,14 +64,14 @@ TEMPLATE: Final = {
 
 
 class LocalTask(NamedTuple):
-    """A task of the harness without its data, and the rows of its splits: `test`, and `dev` where it has shots."""
+    """A task of the harness without its data, and the rows of its splits: `test`, and `dev` if it has shots."""
 
     config: dict[str, Any]
     splits: dict[str, list[dict[str, Any]]]
 
 
 def local_tasks(questions: Questions, name: str) -> tuple[dict[str, Any] | None, list[LocalTask]]:
-    """What both our evaluation and an exported folder consist of: a task, or one a subject and their group."""
+    """The tasks of our evaluation and of an exported folder: one task, or one for each subject and their group."""
     tasks = []
     subjects = questions.by_subject()
     for index, (subject, (asked, shots)) in enumerate(subjects.items()):
@@ -175,7 +175,7 @@ def _in_memory(task: LocalTask) -> Callable[..., Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the harness' progress bars and remarks; errors are shown still."""
+    """Silence the harness' progress bars and remarks. Errors are still shown."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -188,7 +188,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def compiled_once() -> Iterator[None]:
-    """The harness compiles its template anew for every question and every shot: most of the time that prompts take."""
+    """Compile each template once. The harness does so for every question and shot, which takes most of the time."""
     templates.from_string = cache(templates.from_string)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
@@ -200,9 +200,9 @@ def compiled_once() -> Iterator[None]:
 
 
 class InMemory(HFLM):
-    """`--model hf` for a model in memory: tokenisation, context length and special tokens are its very code.
+    """`--model hf` for a model in memory, with the harness' own tokenisation, context length and special tokens.
 
-    May be given to `lm_eval.evaluate`; `Benchmark` uses it without, to render and tokenise once and measure often.
+    It can be passed to `lm_eval.evaluate`. `Benchmark` uses it directly, to render and tokenise once and measure often.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class InMemory(HFLM):
         return super().tok_encode(string, add_special_tokens, **options)
 
     def encode(self, requests: Sequence[Instance]) -> list[Encoded]:
-        """As TemplateLM.loglikelihood does, but all texts at once: a fast tokenizer then uses all cores."""
+        """Like TemplateLM.loglikelihood, but with all texts at once, so that a fast tokenizer uses all cores."""
         pairs = [cast(tuple[str, str], request.args) for request in requests]
         texts = {text for context, choice in pairs if context for text in (context, context + choice)}
         begin = self.tokenizer.decode(self.prefix_token_id)
@@ -269,7 +269,7 @@ class Asked(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """The accuracy as the harness adds it up; for each question the index chosen, and how many there were."""
+    """The accuracy as the harness computes it, and for each question the chosen index and the number of choices."""
 
     accuracy: float
     right: int
@@ -280,7 +280,7 @@ class Answered(NamedTuple):
 
 
 class Benchmark:
-    """Questions, rendered and tokenised once, to be asked as often as one likes."""
+    """Questions, rendered and tokenised once, that can be asked any number of times."""
 
     def __init__(
         self, questions: Questions, tokenizer: "PreTrainedTokenizerBase", rows: int = 16, reuse: bool = True
@@ -327,7 +327,7 @@ class Benchmark:
             )
 
     def ask(self, model: "PreTrainedModel", indices: Sequence[int] | None = None) -> Answered:
-        """Those questions, or all of them."""
+        """Ask those questions, or all of them."""
         indices = range(len(self)) if indices is None else indices
         scores: dict[int, list[Score]] = {}
         tokens = 0
@@ -339,7 +339,7 @@ class Benchmark:
         return self._add_up(indices, [scores[index] for index in indices], tokens)
 
     def _planned(self, indices: tuple[int, ...]) -> list[tuple[list[int], Plan]]:
-        """For each task the numbers of its questions, and the forward passes that answer them; made once."""
+        """The numbers of each task's questions and the forward passes that answer them. Made once."""
         if indices not in self._plans:
             by_task: dict[int, list[int]] = {}
             for index in indices:
@@ -383,5 +383,5 @@ class Benchmark:
 
 @lru_cache(maxsize=4)
 def benchmark(questions: Questions, tokenizer: Path, rows: int) -> Benchmark:
-    """For the tokenizer in a folder. Runs that share a process ask the same questions: they are rendered once."""
+    """The benchmark for the tokenizer in a folder. Runs of one process share it: questions are rendered once."""
     return Benchmark(questions, AutoTokenizer.from_pretrained(tokenizer), rows)

@@ -1,9 +1,9 @@
 """How likely continuations are: requests -> forward passes of any causal LM -> log-likelihoods.
 
-What a question costs is shared where that changes nothing. The choices of a question are read off one forward pass
-where they differ in their last token only; the questions of a task stand behind one prefix (the description and the
-shots), which is computed once and whose keys and values are then used by every batch. Rows are padded on the right, so
-that no token sees the padding and positions need no correction.
+Work is shared where that changes nothing. Choices that differ in their last token only are read off one forward pass.
+The questions of a task stand behind one prefix (the description and the shots), which is computed once; every batch
+uses its keys and values. Rows are padded on the right, so that no token sees the padding and positions need no
+correction.
 """
 
 import copy
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Encoded(NamedTuple):
-    """A continuation whose likelihood is asked for, and what comes before it; both are not empty."""
+    """A continuation whose likelihood is wanted, and its context. Neither is empty."""
 
     context: list[int]
     continuation: list[int]
 
 
 class Batch(NamedTuple):
-    """Rows behind a prefix, and what is read off them: at (row, column) the probability of what follows there."""
+    """Rows behind a prefix, and the places (row, column) at which the probability of the next token is read."""
 
     ids: Tensor  # int64 [rows, width], padded on the right with 0
     row: Tensor  # int64 [reads]
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
 
 def plan(requests: Sequence[Encoded], rows: int, reuse: bool = True) -> Plan:
-    """Each distinct input once, in batches of about equal length, behind what all of them begin with if `reuse`."""
+    """Each distinct input once, in batches of similar length, behind their common beginning if `reuse` is set."""
     inputs = [(*context, *continuation[:-1]) for context, continuation in requests]
     prefix: tuple[int, ...] = ()
     if reuse and len(set(inputs)) > 1:
@@ -160,7 +160,7 @@ def _for_reading(model: "PreTrainedModel") -> Iterator[Forward]:
 
 
 def _reusable(state: Any) -> DynamicCache | None:
-    """What a model remembers, if it is keys and values and nothing else; a recurrent state is left alone."""
+    """A model's cache, if it holds keys and values and nothing else. A recurrent state is left alone."""
     if type(state) is not DynamicCache:
         return None
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in state.layers)
@@ -168,7 +168,7 @@ def _reusable(state: Any) -> DynamicCache | None:
 
 
 def _repeated(shared: DynamicCache, rows: int) -> DynamicCache:
-    """The same keys and values for several rows, without copying them; what is added leaves the original as it is."""
+    """The same keys and values for several rows, without a copy. Additions leave the original as it is."""
     repeated = copy.copy(shared)
     repeated.layers = [copy.copy(layer) for layer in shared.layers]
     for layer in cast(list[DynamicLayer], repeated.layers):

@@ -24,10 +24,10 @@ Z95: Final = 1.959963984540054  # of the standard normal
 
 
 class MultipleChoice(EvaluationConfig):
-    """Accuracy on questions that should be answered still, and on those that should not be any more.
+    """Accuracy on questions that the model should still answer, and on those that it should not answer.
 
     Beside each accuracy: `chance` (the mean of 1 / choices), `low` and `high` (95 %, Wilson), `questions` (their
-    number), and `says_A`, `says_B`, ...: the share of questions answered so. Who always says A looks unlearned.
+    number), and `says_A`, `says_B`, ...: the share answered so. A model that always says A looks unlearned.
     """
 
     name: Literal["multiple_choice"] = "multiple_choice"
@@ -80,7 +80,7 @@ class MultipleChoice(EvaluationConfig):
 
 
 def describe(chosen: Sequence[int], choices: Sequence[int], right: int) -> dict[str, float]:
-    """What stands beside an accuracy. For each question the chosen index and the number of choices; how many are right.
+    """The values beside an accuracy, from the chosen index and the number of choices of each question.
 
     The interval is Wilson's (1927): it stays within [0, 1], and holds for few questions too.
     """

@@ -31,7 +31,7 @@ class Question(NamedTuple):
 
 
 class Questions(Frozen):
-    """What is asked: a task of the harness (from the hub), or a local file in the benchmark's own columns."""
+    """The questions to ask: a task of the harness (from the hub), or a local file with the benchmark's columns."""
 
     task: str | None = None  # a name that the harness knows: mmlu, wmdp_bio, ...
     path: str | None = None  # a file or a glob, .parquet, .jsonl or .json: question, choices, answer (index), [subject]
@@ -53,7 +53,7 @@ class Questions(Frozen):
         return self
 
     def check(self) -> None:
-        """Raises ConfigError for whatever is wrong with the files."""
+        """Raises ConfigError for any mistake in the files."""
         if self.path is not None:
             self.by_subject()
 

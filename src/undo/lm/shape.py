@@ -38,7 +38,7 @@ class Shape(Protocol):
         ...
 
     def first(self, layers: int) -> Self:
-        """The blocks up to there, without the head."""
+        """The first `layers` blocks, without the head."""
         ...
 
 

@@ -45,7 +45,7 @@ class ArithmeticWorld(Frozen):
     def pairs(self, operation: Operation) -> tuple[Pairs, Pairs]:
         """All operand pairs of an operation: those that training sees, and the held-out ones.
 
-        A held-out pair is held out in both orders: who has seen 3 + 4 need not generalise to answer 4 + 3.
+        A held-out pair is held out in both orders: a model that has seen 3 + 4 need not generalise to answer 4 + 3.
         """
         import numpy as np
 

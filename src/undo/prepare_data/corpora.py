@@ -1,4 +1,4 @@
-"""Where the WMDP corpora come from: they are not to be downloaded by a script, and two of the four teach harm."""
+"""Where the WMDP corpora come from. We cannot redistribute them, and two of the four teach harm."""
 
 import re
 from pathlib import Path
@@ -11,9 +11,9 @@ ALL: Final = f"the WMDP corpora are on the hub: ask at {HUB}{FORM} (bio forget) 
 
 
 def origin(path: str) -> str | None:
-    """One line for a file that is missing: where to ask for the corpus, and where to put it. None: not WMDP's.
+    """One line about a missing file: where to ask for the corpus and where to put it. None if it is not one of WMDP's.
 
-    What lies in a folder `qa` is no corpus: questions are made from one, by the command that is named.
+    Files in a folder `qa` are made from a corpus; the line names the command that makes them.
     """
     if Path(path).parent.name == "qa":
         made = "uv run python -m undo.prepare_data.write_questions"

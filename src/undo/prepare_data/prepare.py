@@ -165,7 +165,7 @@ def split_text(
 ) -> "list[TokenStore]":
     """Stores of training and validation text, split by document in one reading.
 
-    An interrupted reading goes on after the last window that was written: those documents are read, and not tokenised.
+    An interrupted reading continues after the last window written; earlier documents are read but not tokenised.
     """
     import numpy as np
 
@@ -237,7 +237,7 @@ def split_text(
 def store(
     texts: "Iterator[np.ndarray]", folder: Path, length: int, vocab_size: int, paired: bool = False
 ) -> "TokenStore":
-    """Pack documents; what an interrupted run had finished is kept."""
+    """Pack documents, unless an interrupted run had already finished this store."""
     from undo.data.store import TokenStore, pack
 
     return TokenStore(folder) if folder.exists() else pack(texts, folder, length, vocab_size, paired)
@@ -283,7 +283,7 @@ def documents(
 
 
 def check_disk(cfg: Prepare, folder: Path) -> None:
-    """Say what the text will take. Raises ConfigError if there is no room for it."""
+    """Print how much disk space the text needs. Raises ConfigError if there is not enough."""
     from undo.data.store import token_bytes
 
     vocabulary = cfg.tokenizer.vocab_size if isinstance(cfg.tokenizer, Frozen) else 1 << 24  # at most, if not known

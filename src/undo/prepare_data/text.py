@@ -24,7 +24,7 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".tokens")  # .tokens: WikiTe
 
 
 class Paired(str):
-    """A document, and in `other` the one that another answer to the same prompt makes of it."""
+    """A document; `other` is the same prompt with the other answer."""
 
     other: str
 
@@ -35,7 +35,7 @@ class Paired(str):
 
 
 class Place(Frozen):
-    """Files, or a dataset of the hub, and what is read of them."""
+    """Files, or a dataset of the hub, and which part of them to read."""
 
     path: str | None = None  # a file or a glob of files; where it is given, the hub is not asked
     hub: str | None = None  # a dataset of the hub: owner/name
@@ -74,7 +74,7 @@ class Place(Frozen):
         return found
 
     def all_texts(self) -> Iterator[str]:
-        """The documents that are not blank, `share` of them, in order; the same ones each time."""
+        """The documents that are not blank, or a `share` of them, in order and the same each time."""
         import numpy as np
 
         texts = self._read(self.column)
@@ -170,7 +170,7 @@ class Source(Place):
         return any(place.paired_with is not None for place in self.places.values())
 
     def bytes_of_tokens(self, width: int) -> int | None:
-        """At most about so much will be stored, `width` bytes a token; None: not known."""
+        """An upper estimate of the bytes to store, at `width` bytes per token; None if it is not known."""
         bounds = [None if self.tokens is None else self.tokens * width]
         if self.path is not None:
             sizes = [(f.stat().st_size, 1 if f.suffix == ".parquet" else 2) for f in self.files()]

@@ -1,6 +1,6 @@
 """Tokenizers: words for a world made of templates, byte pairs for any text, or one that exists already.
 
-Both kinds that are made here keep Gemma-2's ids of <pad>, <eos> and <bos>, and decode exactly.
+Tokenizers made here keep Gemma-2's ids of <pad>, <eos> and <bos>, and decode exactly.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ PIECE: Final = r" ?\d+| ?[A-Za-z]+| ?[^A-Za-z\d\s]"
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """From a folder or the hub. Raises ConfigError if it is not there, gated, or has no tokens for begin and end."""
+    """A tokenizer from a folder or the hub. Raises ConfigError if it is missing, gated, or without BOS or EOS."""
     from huggingface_hub.errors import GatedRepoError
     from transformers import AutoTokenizer
 
@@ -75,7 +75,7 @@ def _wrap(kind: Any, tokenizer: "Tokenizer") -> "PreTrainedTokenizerBase":
 
 
 def train_words(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """A word, a digit or a sign is a token, with the space before it; the most frequent first.
+    """Each word, digit or sign is a token, together with the space before it. The most frequent get the lowest ids.
 
     Raises ConfigError if the texts have more pieces than `vocab_size` allows.
     """

@@ -1,4 +1,4 @@
-"""The shapes of models on the hub whose cost can be told before they are fetched."""
+"""The shapes of hub models whose cost is known before they are fetched."""
 
 from typing import Final
 

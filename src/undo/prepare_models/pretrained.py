@@ -15,7 +15,7 @@ WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")  # all of a
 
 
 class Base(StageConfig):
-    """Which model."""
+    """The model to start from."""
 
     model: str  # a folder, or a hub id
 
@@ -25,18 +25,18 @@ class Base(StageConfig):
 
 
 def is_local(model: str) -> bool:
-    """Whether it is a folder, and no hub id."""
+    """Whether it is a folder rather than a hub id."""
     return Path(model).is_dir() or model.startswith((".", "/", "~"))
 
 
 def shape_of_base(cfg: Base, run: RunDirectory) -> Shape | None:
-    """Of the model that the run has fetched, or would fetch."""
+    """The shape of the model that the run has fetched or would fetch."""
     fetched = run.done and run.config["model"] == cfg.model
     return known_shape(str(run.model) if fetched else cfg.model)
 
 
 def known_shape(model: str) -> Shape | None:
-    """Of a folder, from its config.json (ConfigError if it is no causal model); of a few hub ids; None for others."""
+    """The shape of a folder's model (ConfigError if it is not a causal LM) or of a few hub ids; None for others."""
     from undo.prepare_models.known import MODELS
 
     if not is_local(model):
@@ -48,7 +48,7 @@ def known_shape(model: str) -> Shape | None:
 
 
 def fetch(cfg: Base, run: Run) -> None:
-    """Leave `model`, a link to the folder, in the run: the weights stay where they are."""
+    """Leave a link to the model's folder in the run. The weights stay where they are."""
     folder = Path(cfg.model).expanduser().resolve() if is_local(cfg.model) else download(cfg.model)
     facts = read_config(folder)
     if not list(folder.glob("*.safetensors")):
@@ -59,7 +59,7 @@ def fetch(cfg: Base, run: Run) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A model folder's config.json. Raises ConfigError if it is none of a causal language model that is supported.
+    """A model folder's config.json. Raises ConfigError if it does not describe a supported causal language model.
 
     The library's own list decides: GPT-2's class is a GPT2LMHeadModel.
     """
@@ -84,7 +84,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def download(name: str) -> Path:
-    """A hub model's folder in the cache of huggingface_hub. Raises ConfigError with what to do about a refusal."""
+    """A hub model's folder in the cache of huggingface_hub. Raises ConfigError with the way out of a refusal."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 

@@ -24,7 +24,7 @@ SIZES: Final[dict[Size, dict[str, int]]] = {  # Table 1; of the authors' code; g
 class ReducedGemma2(Frozen):
     """A Gemma-2 of another size. What the paper does not say comes from gemma-2-2b, as in the authors' code.
 
-    `size` stands for the numbers in SIZES; keys that are given beside it win.
+    `size` sets the numbers of SIZES; keys given beside it win.
     """
 
     size: Size | None = None
@@ -65,11 +65,11 @@ class ReducedGemma2(Frozen):
         return 2 * self.parameters + 2 * seen * self.heads * self.head_dim
 
     def first(self, layers: int) -> Self:
-        """The blocks up to there, without the head."""
+        """The first `layers` blocks, without the head."""
         return self.model_copy(update={"layers": layers, "vocab_size": 0})
 
     def build(self, seed: int) -> "PreTrainedModel":
-        """Randomly initialised from its own generator; the same on every machine and whatever was drawn before."""
+        """A random initialisation from its own generator: the same on every machine, whatever was drawn before."""
         from transformers import Gemma2Config
 
         from undo.lm.disk import fresh

@@ -37,7 +37,7 @@ def fit(
 ) -> dict[str, Any]:
     """Train `model` on the config's streams -> the facts for run.json: steps, tokens, FLOPs, evaluation, seeds.
 
-    `starts_as` names the run whose very model this is: its evaluation is made once for all runs that start from it.
+    `starts_as` names the run whose unchanged model this is. All runs that start from it share its evaluation.
     """
     from undo.data.stream import MixedStream
     from undo.lm.disk import shape
@@ -96,8 +96,8 @@ def fit(
 def shared_evaluation(of: RunDirectory, cfg: TrainingStage, measure: Callable[[], Measured]) -> Measured:
     """The evaluation of a run's model as `cfg` wants it: read from the run's folder, or made and left there.
 
-    Whoever comes while it is being made waits for it. What was read cost no tokens. The leader looks, waits and writes;
-    measuring is everybody's.
+    A process that comes while it is being made waits for it. An evaluation that was read counts no tokens. Only the
+    leader looks, waits and writes; all ranks measure.
     """
     if not ranks.leads():
         made: Measured | None = ranks.of_the_leader(None)
@@ -115,7 +115,7 @@ def shared_evaluation(of: RunDirectory, cfg: TrainingStage, measure: Callable[[]
 
 
 def evaluation_file(of: RunDirectory, cfg: TrainingStage) -> Path:
-    """One for each way to evaluate the run's model: the evaluation, its data, the precision, CPU or GPU."""
+    """The file for one way to evaluate the run's model: the evaluation, its data, the precision, CPU or GPU."""
     import torch
 
     how = [

@@ -1,4 +1,4 @@
-"""What a run takes over from its parents: models, token stores, shapes; and the model it leaves behind."""
+"""What a run takes from its parents (models, token stores, shapes), and the model that it leaves behind."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen: Sequence[RunName] = ()) -> None:
     """Raises ConfigError, before any weight is loaded, if training `model` beside the frozen ones cannot fit.
 
-    A run's model is known by its folder's config.json.
+    The shape of a run's model is read from its folder's config.json.
     """
     from undo.lm import memory
     from undo.lm.disk import shape, skeleton
@@ -46,13 +46,13 @@ def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen:
 
 
 def open_stores(cfg: TrainingStage, run: Run) -> "dict[Role, TokenStore]":
-    """Of all roles that the run trains on."""
+    """The token stores of all roles that the run trains on."""
     used = {role for mixture in cfg.streams().values() for role, share in mixture.items() if share > 0}
     return {role: open_store(run.sibling(cfg.data), role) for role in ROLES if role in used}
 
 
 def open_store(data: RunDirectory, role: Role) -> "TokenStore":
-    """Raises ConfigError if the prepare run has no text for the role."""
+    """The training text of a role. Raises ConfigError if the prepare run has none."""
     from undo.data.store import TokenStore
 
     folder = data.folder / "train" / role
@@ -63,7 +63,7 @@ def open_store(data: RunDirectory, role: Role) -> "TokenStore":
 
 
 def keep(model: "PreTrainedModel", cfg: TrainingStage, run: Run) -> None:
-    """Save the model beside the tokenizer that its data was made with."""
+    """Save the model together with the tokenizer of its data."""
     from undo.lm.disk import save
     from undo.train import shard
 

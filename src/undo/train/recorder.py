@@ -1,4 +1,4 @@
-"""What the loop tells of itself, and to whom: a run's folder (runs/run.py), or a list in memory with a progress bar."""
+"""Where the loop leaves its records: a run's folder (runs/run.py), or a list in memory with a progress bar."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -24,9 +24,9 @@ class Recorder(Protocol):
 
 
 class InMemory:
-    """Keeps the records, and no checkpoint: what is interrupted in a notebook starts again.
+    """Keeps the records in a list and no checkpoint: in a notebook, an interrupted training starts again.
 
-    With a `title`, a bar shows the steps on a terminal and in a notebook, and nothing elsewhere.
+    With a `title`, a progress bar is shown on a terminal and in a notebook, and nowhere else.
     """
 
     def __init__(self, steps: int, title: str = "") -> None:
@@ -50,7 +50,7 @@ class InMemory:
 
     @contextmanager
     def saves_before_it_stops(self) -> Iterator[None]:
-        """For as long as the loop runs, the bar is shown."""
+        """Shows the bar for as long as the loop runs."""
         from rich.console import Console
         from rich.progress import Progress
 

@@ -30,7 +30,7 @@ def divide(model: PreTrainedModel) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, on every rank. Each rank must ask."""
+    """The whole tensor, on every rank. Every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -43,7 +43,7 @@ def like(value: Tensor, weight: Tensor) -> Tensor:
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The global 2-norm over divided and whole tensors, each element counted once. Scalar. Each rank must ask."""
+    """The global 2-norm over divided and whole tensors, each element once. Scalar. Every rank must call this."""
     parts = [t.to_local() for t in tensors if isinstance(t, DTensor)]
     if not parts:
         return nn.utils.get_total_norm(tensors)

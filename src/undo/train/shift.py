@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def shifted(weights: Sequence[nn.Parameter], offsets: Iterable[Tensor | None]) -> Iterator[None]:
-    """The weights plus their offsets (None: none), for as long as the context lasts.
+    """The weights plus their offsets (None: no offset) for as long as the context lasts.
 
-    A copy of the weights is held meanwhile; the offsets are not needed any more once they are added.
+    It holds a copy of the weights meanwhile. The offsets may be freed once they are added.
     """
     kept = [weight.detach().clone() for weight in weights]
     try:
@@ -32,9 +32,9 @@ def shifted(weights: Sequence[nn.Parameter], offsets: Iterable[Tensor | None]) -
 
 
 def to_length(gradients: "Gradients", length: float) -> Iterator[Tensor | None]:
-    """The direction of all gradients together, at a global 2-norm of `length`; no move where they are all zero.
+    """All gradients scaled together to a global 2-norm of `length`, or zero if they are all zero.
 
-    One by one: all of them would be as large as the model.
+    They come one by one, since all of them together would be as large as the model.
     """
     norm = global_norm(gradients)
     factor = torch.where(norm > 0, length / norm, 0.0)
@@ -42,7 +42,7 @@ def to_length(gradients: "Gradients", length: float) -> Iterator[Tensor | None]:
 
 
 def global_norm(gradients: "Gradients") -> Tensor:
-    """Over all weights together; 0 where there is none. Scalar."""
+    """The 2-norm over all gradients together, 0 if there are none. Scalar."""
     from undo.train import shard
 
     found = [g for g in gradients if g is not None]

@@ -49,7 +49,7 @@ class TrainingStage(StageConfig):
         return self.evaluation_data or self.data
 
     def seed_for(self, concern: Concern) -> int:
-        """Independent for each stage, concern and seed; the same for all runs of a stage that share the seed."""
+        """A seed that differs by stage, concern and `seed`; all runs of a stage with one `seed` share it."""
         import numpy as np
 
         stage = zlib.crc32(type(self).__name__.encode())
@@ -66,11 +66,11 @@ class TrainingStage(StageConfig):
 
     @property
     def held_per_weight(self) -> int:
-        """Bytes that a step holds for each trained weight beside one gradient; see Method."""
+        """Bytes per trained weight that a step holds beside one gradient; see Method."""
         return 0
 
     def flops_per_token(self, model: Shape, length: int) -> int:
-        """Of one training step: forward and backward cost 3 forward passes; more where a second model runs along."""
+        """FLOPs per token of a training step: 3 forward passes, and more if a second model runs along."""
         return 3 * model.forward_flops(length)
 
     def check(self) -> None:
@@ -92,7 +92,7 @@ class TrainingStage(StageConfig):
             )
 
     def check_shard(self) -> None:
-        """Raises ConfigError for what is not known to be exact with divided weights."""
+        """Raises ConfigError for settings that are not known to be exact with divided weights."""
         devices, rows = self.execution.devices, self.training.batch_rows
         reason = None
         if rows % devices:  # each micro-batch is a collective call, so all ranks must have as many
@@ -105,7 +105,7 @@ class TrainingStage(StageConfig):
             raise ConfigError(f"{self.name}: execution.shard=full: {reason}")
 
     def compiles(self, device: str) -> bool:
-        """Compiling took 27 s on a CPU, for 1.4 times the demo's speed: it does not pay in a short run."""
+        """Whether to compile. It took 27 s on a CPU for 1.4 times the demo's speed: too long for a short run."""
         chosen = self.execution.compile
         if self.execution.shard == "full":
             return False
