@@ -39,7 +39,7 @@ def find_configs(argument: str, stage: str) -> list[Path]:
             return sources(folder, stage)
     settings = sorted({p.name for folder in CONFIGS for p in folder.glob("*") if (p / f"{stage}.yaml").exists()})
     raise ConfigError(
-        f"there is no {folders[0] / f'{stage}.yaml'}; settings with a {stage} stage: {', '.join(settings) or 'none'}\n"
+        f"there is no {folders[0] / f'{stage}.yaml'}; settings with the stage {stage}: {', '.join(settings) or 'none'}\n"
         f"or give the path of a .yaml file"
     )
 
