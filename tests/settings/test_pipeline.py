@@ -143,7 +143,11 @@ def processes_under(runs: Path) -> list[int]:
                 command = (entry / "cmdline").read_bytes().decode().split("\0")
             except OSError:
                 continue
-            if "--work" in command and str(runs) in " ".join(command) and not any("nanny" in part for part in command):
+            if (
+                "undo.experiments.worker" in command
+                and str(runs) in " ".join(command)
+                and not any("nanny" in part for part in command)
+            ):
                 found.append(int(entry.name))
     return found
 
@@ -237,8 +241,8 @@ if moment == "run.json":  # everything is done but the last rename
         write(path, text)
     undo.runs.run.write_atomically = write_atomically
 if moment == "store":  # one of four token stores is being written
-    import undo.prepare_data.prepare as script
-    pack, packs = script.pack, []
+    import undo.data.store as store
+    pack, packs = store.pack, []
     def dying_pack(documents, folder, *rest):
         packs.append(folder)
         if len(packs) == 3:
@@ -246,7 +250,7 @@ if moment == "store":  # one of four token stores is being written
             (folder.with_name(folder.name + ".partial") / "tokens.bin").write_bytes(b"torn")
             die()
         return pack(documents, folder, *rest)
-    script.pack = dying_pack
+    store.pack = dying_pack
 
 STAGE = replace(script.STAGE, module="dying")  # a worker imports this file, too
 if __name__ == "__main__":
