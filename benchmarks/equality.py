@@ -15,12 +15,13 @@ import measure
 import torch
 
 from undo.lm import place as placing
+from undo.lm.read import Head
 from undo.lm.tokens import collate
 from undo.losses import cross_entropy
-from undo.losses.linear import Head, linear_loss
+from undo.losses.linear import linear_loss
 from undo.losses.targets import CrossEntropy, ForwardKL, UniformKL
 from undo.prepare_models.reduced_gemma2 import ReducedGemma2
-from undo.train.loop import this_process
+from undo.runs.ranks import this_process
 
 SOFTCAP = 30.0
 

@@ -59,8 +59,8 @@ def accuracy(side: Side, args: argparse.Namespace) -> Callable[[], float]:
     from undo.evaluate import Accuracy
     from undo.lm import place as placing
     from undo.prepare_data.prepare import Prepare, prepare
+    from undo.runs.ranks import this_process
     from undo.runs.run import Run
-    from undo.train.loop import this_process
 
     device = this_process().device
     assert device is not None
@@ -99,7 +99,7 @@ def validation_loss(side: Side, args: argparse.Namespace) -> Callable[[], float]
     from undo.evaluate import TokenCrossEntropy
     from undo.lm import place as placing
     from undo.runs.directory import RunDirectory
-    from undo.train.loop import this_process
+    from undo.runs.ranks import this_process
 
     device = this_process().device
     assert device is not None

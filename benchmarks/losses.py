@@ -33,9 +33,10 @@ def build(case: str, side: Side, args: argparse.Namespace) -> Callable[[], float
     import baseline
     import torch
 
-    from undo.losses.linear import Head, linear_loss
+    from undo.lm.read import Head
+    from undo.losses.linear import linear_loss
     from undo.losses.targets import CrossEntropy, ForwardKL, UniformKL
-    from undo.train.loop import this_process
+    from undo.runs.ranks import this_process
 
     place, rng = this_process().device, torch.Generator().manual_seed(0)
 

@@ -98,7 +98,7 @@ def plain(folder: Path, case: str, side: Side, settings: dict[str, Any], args: a
 
     from undo.data.problems import Problem
     from undo.data.store import TokenStore
-    from undo.train.loop import this_process
+    from undo.runs.ranks import this_process
 
     data, training = folder / "benchmark/prepare/data", settings["training"]
     model: Any = AutoModelForCausalLM.from_pretrained(

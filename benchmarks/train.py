@@ -58,7 +58,7 @@ def build(case: str, side: Side, args: argparse.Namespace) -> Callable[[], float
     import torch
 
     from undo.lm import place as placing
-    from undo.train.loop import this_process
+    from undo.runs.ranks import this_process
 
     device = this_process().device
     assert device is not None

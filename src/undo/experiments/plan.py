@@ -39,8 +39,8 @@ def find_configs(argument: str, stage: str) -> list[Path]:
             return sources(folder, stage)
     settings = sorted({p.name for folder in CONFIGS for p in folder.glob("*") if (p / f"{stage}.yaml").exists()})
     raise ConfigError(
-        f"there is no {folders[0] / f'{stage}.yaml'}; settings with the stage {stage}: {', '.join(settings) or 'none'}\n"
-        f"or give the path of a .yaml file"
+        f"there is no {folders[0] / f'{stage}.yaml'}; give the path of a .yaml file, or a setting\n"
+        f"settings with the stage {stage}: {', '.join(settings) or 'none'}"
     )
 
 
