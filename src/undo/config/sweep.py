@@ -15,13 +15,10 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Raw
-
-if TYPE_CHECKING:
-    pass
 
 
 def read_yaml(path: Path) -> Raw:

@@ -6,11 +6,7 @@ from typing import Final, Literal
 from undo.config.schema import Role
 
 Operation = Literal["addition", "subtraction", "multiplication", "division"]
-
-
 Form = Literal["equation", "word_problem"]
-
-
 OPERATIONS: Final[dict[Role, tuple[Operation, Operation]]] = {
     "retain": ("addition", "subtraction"),
     "forget": ("multiplication", "division"),

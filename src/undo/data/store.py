@@ -13,16 +13,13 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
 from undo.config.files import write_atomically
 from undo.config.mistakes import ConfigError
 from undo.lm.tokens import MARK, Tokens, collate
-
-if TYPE_CHECKING:
-    pass
 
 WINDOW: Final = 1 << 16  # documents that are packed together, at most
 WINDOW_TOKENS: Final = 1 << 24  # or as many documents as hold so many tokens

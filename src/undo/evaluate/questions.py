@@ -5,19 +5,14 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, Self
+from typing import Annotated, Any, Final, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Frozen
 
-if TYPE_CHECKING:
-    pass
-
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
 FORMATS: Final = (".parquet", ".jsonl", ".json")
 
 

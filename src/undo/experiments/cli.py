@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from undo.config.mistakes import ConfigError
 from undo.config.sweep import parse_overrides
@@ -14,9 +13,6 @@ from undo.experiments.costs import Cost, Costs
 from undo.experiments.plan import PlannedRun, beside_the_main, find_configs, plan
 from undo.launch.local import run_jobs
 from undo.train.stage import Stage, TrainingStage
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLE = "example: %(prog)s demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"
 

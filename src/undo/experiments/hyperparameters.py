@@ -13,8 +13,6 @@ from undo.results.text import markdown
 from undo.train.stage import Stage
 
 HIDDEN: Final = ("name", "variant", "execution", "seeds")  # of a run, not of an experiment
-
-
 MANY: Final = 11  # more values than this are counted, not listed
 
 

@@ -8,7 +8,7 @@ transformers and refuses the model if they differ.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
 from torch import Tensor, nn
 from transformers import (
@@ -18,9 +18,6 @@ from transformers import (
 from undo.config.mistakes import ConfigError
 from undo.lm.attention import masks, unsupported
 from undo.lm.tokens import Tokens, check_tokens
-
-if TYPE_CHECKING:
-    pass
 
 BLOCKS: Final = ("layers", "h")  # what a body calls the list of its blocks
 FINAL_NORMS: Final = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")

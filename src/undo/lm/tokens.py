@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 
 IGNORE: Final = -100  # the label of a position without a target
-
-
 MARK: Final = 1 << 31  # beside the token, in stores of pairs: the other document of the pair has another token there
 
 

@@ -1,4 +1,9 @@
-"""What a loss does to a tile of logits: each formula, and its gradient by the logits beside it."""
+"""What a loss does to a tile of logits: each formula, and beside it its gradient by the logits.
+
+A tile holds the logits of a chunk of tokens for some columns of the vocabulary. `target.pull(p, q, chunk, start, i,
+form)` gives the share of tile i, which begins at column `start`, in each token's loss, and the gradient by the head's
+products. p and q are the student's and the teacher's logits of the chunk.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +14,13 @@ from torch import Tensor
 
 from undo.lm.read import Head
 from undo.losses.logits import Logits, fused
+
+
+class Form(NamedTuple):
+    """What is wanted of a tile."""
+
+    gradient: torch.dtype | None  # None: only the loss
+    capped: bool
 
 
 @dataclass(frozen=True)
@@ -49,13 +61,6 @@ class ForwardKL:
         return fused(_forward_kl, p.tiles[i], p.log_z, p.scale, q.tiles[i], q.log_z, q.scale, share, form)
 
 
-class Form(NamedTuple):
-    """What is wanted of a tile."""
-
-    gradient: torch.dtype | None  # None: only the loss
-    capped: bool
-
-
 @dataclass(frozen=True)
 class LoweredKL(ForwardKL):
     """KL(q' || p), q' the teacher's distribution after its logit of the label was lowered by `strength`."""
@@ -76,8 +81,6 @@ class LoweredKL(ForwardKL):
 
 
 Target = CrossEntropy | UniformKL | ForwardKL | LoweredKL
-
-
 Pull = tuple[Tensor, Tensor | None]  # a tile's share of each token's loss, and the gradient by its products
 
 

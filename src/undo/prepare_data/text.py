@@ -9,16 +9,13 @@ import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Count, Frozen, Share
 from undo.prepare_data.corpora import origin
-
-if TYPE_CHECKING:
-    pass
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".tokens")  # .tokens: WikiText's
 

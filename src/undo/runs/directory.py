@@ -17,16 +17,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
 from pydantic import ValidationError
 
 from undo.config.files import dump_yaml, load_yaml, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Raw, StageConfig, as_raw, differences
-
-if TYPE_CHECKING:
-    pass
 
 INTERRUPTED: Final = 75  # exit status of a worker that stopped at a checkpoint (EX_TEMPFAIL)
 

@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from undo.config.files import write_atomically
 from undo.config.mistakes import ConfigError
@@ -25,9 +25,6 @@ from undo.results.text import as_text, write_csv
 from undo.settings.stages import STAGES
 from undo.unlearn import UnlearningMethod
 from undo.unlearn.method import Method
-
-if TYPE_CHECKING:
-    pass
 
 NAMES = (*FIGURES, "claims")
 FILE = "figures.yaml"  # in a setting's folder of configs

@@ -16,7 +16,7 @@ search` (wmdp_bio and wmdp_cyber have the points of Table 10). It is run_all.py 
 import argparse
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from undo.config.files import write_atomically
 from undo.config.mistakes import ConfigError
@@ -32,9 +32,6 @@ from undo.settings.publish import publish
 from undo.settings.stages import STAGES
 from undo.settings.whole import planned_in, route
 from undo.unlearn.stage import Unlearn
-
-if TYPE_CHECKING:
-    pass
 
 PARTS: Final = {
     "prepare": ("prepare", "base", "pretrain"),

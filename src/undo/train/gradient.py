@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 
 
 Objective = Callable[[Batch], dict[str, Tensor]]  # named, already weighted terms; the loss is their sum
-
-
 Terms = dict[str, Tensor]  # their values, of a whole batch
-
-
 Gradients = Sequence[Tensor | None]  # one for each trained weight, None where the terms do not depend on it
 
 

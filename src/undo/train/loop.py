@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +24,6 @@ from undo.runs.ranks import this_process
 from undo.train import shard
 from undo.train.gradient import BatchGradient, Objective, Step, plain
 from undo.train.recorder import Recorder
-
-if TYPE_CHECKING:
-    pass
 
 Evaluate = Callable[[int, bool], Measured]  # of a step, and whether on the whole validation set
 Stop = Callable[[Mapping[str, float]], bool]

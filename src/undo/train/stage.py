@@ -4,7 +4,7 @@ import importlib.util
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -14,9 +14,6 @@ from undo.evaluate import Evaluation
 from undo.lm.shape import Shape
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
-
-if TYPE_CHECKING:
-    pass
 
 Concern = Literal["init", "order", "noise", "objective"]
 
