@@ -178,7 +178,7 @@ def test_a_variant_of_another_yaml_of_the_stage_is_no_mistake(tmp_path):
     assert [run.config for run in main] == [run.config for run in as_it_is]
     sam = [run.config for run in plan(stage, found, change, tmp_path) if run.config.variant == "sam"]
     assert {as_raw(config)["method"]["rho"] for config in sam} == {0.5}
-    with pytest.raises(ConfigError, match="names no variant"):
+    with pytest.raises(ConfigError, match="does not name one of its variants"):
         plan(stage, found[:1], {"variants.sma.method.rho": 0.5}, tmp_path)
 
 
@@ -280,7 +280,7 @@ def test_a_mistyped_key_of_a_source_is_looked_for_in_a_source():
     ("content", "words"),
     [
         (b"", "is empty"),
-        (b"- a\n", "is empty or no mapping"),
+        (b"- a\n", "is empty or not a mapping"),
         (b"a: [1\n", "not valid YAML"),
         (b"\xff\xfe\x00", "UTF-8"),
         (b"a: 1\na: 2\n", "not valid YAML"),

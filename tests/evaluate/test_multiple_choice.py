@@ -390,14 +390,14 @@ ROW = {"question": "why?", "choices": ["a", "b"], "answer": 1}
     ("name", "rows", "message"),
     [
         ("q.jsonl", [ROW, ROW | {"answer": 2}], "q.jsonl row 1: answer 2 is not an index into its 2 choices (0 to 1)"),
-        ("q.parquet", [ROW, ROW, ROW | {"answer": -1}], "q.parquet row 2: answer -1 is no index"),
-        ("q.jsonl", [ROW | {"answer": "B"}], "answer 'B' is no index"),
+        ("q.parquet", [ROW, ROW, ROW | {"answer": -1}], "q.parquet row 2: answer -1 is not an index"),
+        ("q.jsonl", [ROW | {"answer": "B"}], "answer 'B' is not an index"),
         ("q.parquet", [{"question": "why?", "answer": 0}], "q.parquet row 0: has no column 'choices'; it has answer"),
         ("q.json", [ROW | {"choices": ["a"], "answer": 0}], "q.json row 0: has 1 choices; a question needs 2 to 26"),
         ("q.json", [ROW | {"choices": [1, 2]}], "column 'choices' must be a list of texts"),
         ("q.json", [ROW | {"question": " "}], "the question is empty"),
         ("q.json", [ROW | {"question": 3}], "column 'question' holds 3, not text"),
-        ("q.json", ["why?"], "q.json row 0: is no object"),
+        ("q.json", ["why?"], "q.json row 0: is not an object"),
         ("q.jsonl", [], "q.jsonl: holds no questions"),
         ("q.csv", [ROW], "q.csv: is not one of .parquet, .jsonl, .json"),
     ],
@@ -414,9 +414,9 @@ def test_bad_files(tmp_path, name, rows, message):
     ("name", "content", "message"),
     [
         ("q.parquet", b"no parquet at all", "is not a parquet file, or is damaged"),
-        ("q.jsonl", b'{"question": 1}\nnonsense\n', "q.jsonl line 2: is no JSON"),
-        ("q.json", b"[1, 2", "q.json: is no JSON"),
-        ("q.jsonl", b"\xff\xfe", "is no UTF-8"),
+        ("q.jsonl", b'{"question": 1}\nnonsense\n', "q.jsonl line 2: is not JSON"),
+        ("q.json", b"[1, 2", "q.json: is not JSON"),
+        ("q.jsonl", b"\xff\xfe", "is not UTF-8"),
         ("elsewhere.jsonl", b"", "q.jsonl: no such file"),
     ],
 )
@@ -481,7 +481,7 @@ def test_tasks_that_the_harness_knows(files, tokenizer, tmp_path, monkeypatch):
     assert [asked.requests for asked in some.asked] != [asked.requests for asked in by_name.asked[: len(some)]]
     with pytest.raises(ConfigError, match="zero is made for 0 shots, not 2"):
         build(Questions(task="zero", shots=2))
-    with pytest.raises(ConfigError, match="'no_such_task' is no task of the harness"):
+    with pytest.raises(ConfigError, match="'no_such_task' is not a task of the harness"):
         build(Questions(task="no_such_task"))
     (tmp_path / "tasks" / "zero.test.jsonl").unlink()
     shutil.rmtree(tmp_path / "cache")

@@ -774,7 +774,7 @@ def test_missing_questions_are_not_taken_for_their_corpus(name):
         (["--out", "qa.txt"], "must end in .jsonl"),
         (["--local-model", "x"], "and not both"),
         (["--column", "body"], "has no column 'body'; it has text"),
-        (["--endpoint", "here"], "--endpoint: is no address"),
+        (["--endpoint", "here"], "--endpoint: is not an address"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_written(corpus, capsys, more, said):

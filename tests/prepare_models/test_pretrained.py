@@ -51,9 +51,12 @@ def test_a_causal_model_may_have_another_name(tmp_path, data):
     [
         ({}, "holds no config.json"),
         ({"config.json": "{"}, "is not JSON"),
-        ({"config.json": "[]"}, "is no mapping"),
-        ({"config.json": '{"architectures": ["BertForMaskedLM"]}'}, "is a BertForMaskedLM, no causal language model"),
-        ({"config.json": "{}"}, "no causal language model"),
+        ({"config.json": "[]"}, "is not the config of a transformers model"),
+        (
+            {"config.json": '{"architectures": ["BertForMaskedLM"]}'},
+            "is a BertForMaskedLM, which is not a causal language model",
+        ),
+        ({"config.json": "{}"}, "not a causal language model"),
         ({"config.json": '{"architectures": ["Gemma3ForConditionalGeneration"]}'}, "has no vocab_size"),
         ({"config.json": '{"architectures": ["LlamaForCausalLM"], "vocab_size": 8}'}, "holds no .safetensors"),
     ],

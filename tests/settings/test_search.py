@@ -151,7 +151,7 @@ def test_a_method_that_always_diverges_is_said(machine, monkeypatch):
         ("undo.noise.alhpa=0.5", "unknown key 'noise.alhpa'"),
         ("unlearn.variants.sam_medium.method.rh=1", "unknown key 'method.rh'"),
         ("unlearn.points=serch", "points=serch cannot be set; the only value for `points` is search"),
-        ("unlearn.points.maxent.best.alpha=0.5", "can be set to search only"),
+        ("unlearn.points.maxent.best.alpha=0.5", "the only value for `points` is search"),
     ],
 )
 @pytest.mark.parametrize("more", [["--dry-run"], []])
