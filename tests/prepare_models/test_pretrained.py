@@ -54,7 +54,7 @@ def test_a_causal_model_may_have_another_name(tmp_path, data):
         ({"config.json": "[]"}, "is not the config of a transformers model"),
         (
             {"config.json": '{"architectures": ["BertForMaskedLM"]}'},
-            "is a BertForMaskedLM, which is not a causal language model",
+            "is a BertForMaskedLM, which is not a",
         ),
         ({"config.json": "{}"}, "not a causal language model"),
         ({"config.json": '{"architectures": ["Gemma3ForConditionalGeneration"]}'}, "has no vocab_size"),
