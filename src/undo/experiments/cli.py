@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+from undo.config import mirror
 from undo.config.mistakes import ConfigError
 from undo.config.sweep import parse_overrides
 from undo.config.units import aligned, si
@@ -62,6 +63,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     arguments.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs/)"
     )
+    arguments.add_argument(
+        "--mirror",
+        type=Path,
+        metavar="FILE",
+        help="a YAML that names local files for what the hub has (UNDO_MIRROR)",
+    )
     return arguments
 
 
@@ -74,6 +81,7 @@ def launch(
     """Plan, check and execute runs -> the exit status. `kept`: names of runs that --force leaves as they are."""
     from undo.experiments.display import LiveTable
 
+    mirror.use(args.mirror)
     runs, configs = planned(args)
     if args.dry_run:
         show(runs, Costs(runs, configs, stages, parse_overrides(args.overrides).get("base.model")))
