@@ -326,7 +326,7 @@ def _train(
         )
     )
     streams = {
-        role: MixedStream({role: rows}, {role: 1.0}, batch_rows, steps, seed + index)
+        role: MixedStream({role: rows}, {role: 1.0}, batch_rows, seed + index)
         for index, (role, rows) in enumerate(every.items())
     }
     validation = (

@@ -40,7 +40,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
             ) from None
         raise ConfigError(
             f"tokenizer {name!r} is neither a folder with a tokenizer nor a hub id that can be reached\n"
-            f"give another one with tokenizer=<path>; a gated one needs a token in tokens/hf_token.txt; --mirror names folders"
+            f"give another one with tokenizer=<path>; a gated one needs a token in tokens/hf_token.txt; or --mirror"
         ) from None
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ConfigError(f"tokenizer {name!r} has no token for the beginning or the end of a document")
