@@ -215,7 +215,7 @@ def test_no_choice_without_a_frontier(made, words):
 
 
 def test_one_base_model_serves_all_seeds(tmp_path):
-    args = cli.parser("").parse_intermixed_args(["wmdp_small", "sweep.seed=[0,1]", "--runs", str(tmp_path)])
+    args = cli.parser("", "").parse_intermixed_args(["wmdp_small", "sweep.seed=[0,1]", "--runs", str(tmp_path)])
     folder = ROOT / "configs/wmdp_small"
     runs, _ = run_all.planned_in(folder, args, ("pretrain", "undo"), run_wmdp.BASE)
     names = [run.name for run in runs]

@@ -302,5 +302,11 @@ def check_disk(cfg: Prepare, folder: Path) -> None:
 
 
 STAGE = Stage(
-    "prepare", Prepare, prepare, __name__, "Data (Appendices A and D.2.2, Table 11)", row_tokens=lambda cfg: cfg.length
+    "prepare",
+    Prepare,
+    prepare,
+    __name__,
+    "Data (Appendices A and D.2.2, Table 11)",
+    "demo length=64 --dry-run",
+    row_tokens=lambda cfg: cfg.length,
 )
