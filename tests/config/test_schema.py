@@ -189,6 +189,13 @@ def test_points_are_filled_in_as_the_numbers_they_are():
         expand({**raw, "x": "{points.rmu.best.rate}"}, {}, "made.yaml")
 
 
+def test_a_brace_that_stands_for_itself_is_written_twice():
+    raw = {"name": "a", "path": "korpus {{x}}/{name}.jsonl"}
+    assert expand(raw, {}, "made.yaml")[0]["path"] == "korpus {x}/a.jsonl"
+    with pytest.raises(ConfigError, match=r"cannot fill in 'korpus \{x\}': .*\n.* is written twice: \{\{ or \}\}"):
+        expand({**raw, "path": "korpus {x}"}, {}, "made.yaml")
+
+
 def test_let_is_filled_in_and_is_no_key_of_a_run():
     raw = {
         "name": "{variant}-s_{seed}",

@@ -181,7 +181,10 @@ def _fill_in(values: Any, names: SimpleNamespace, source: str) -> Any:
                 return attrgetter(values[1:-1])(names)
             return values.format(**vars(names))
         except (KeyError, AttributeError, ValueError, IndexError) as error:
-            raise ConfigError(f"{source}: cannot fill in {values!r}: no such key or format: {error}") from None
+            raise ConfigError(
+                f"{source}: cannot fill in {values!r}: no such key or format: {error}\n"
+                f"a brace that stands for itself, as in a file's name, is written twice: {{{{ or }}}}"
+            ) from None
     return values
 
 
