@@ -158,14 +158,16 @@ def test_a_part_of_the_mixture_can_be_left_out():
 @pytest.mark.parametrize(("variant", "missing"), [("corpora", 1), ("qa", 2), ("mixture", 1)])
 def test_the_remedy_for_a_missing_file_is_one(variant, missing, tmp_path, monkeypatch):
     """What the message says mends what it complains of."""
-    (tmp_path / "mine.jsonl").write_text('{"text": "a"}')
+    for number in range(missing):
+        texts = ({"text": f"{number}: the document {i}"} for i in range(2000))
+        (tmp_path / f"mine{number}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     monkeypatch.chdir(tmp_path)
     overrides: list[str] = []
-    for _ in range(missing):
+    for number in range(missing):
         with pytest.raises(ConfigError) as error:
             prepared("wmdp_bio", *overrides)[variant].check()
         assert len(str(error.value).splitlines()) <= 3
-        overrides += [f"{key}=mine.jsonl" for key in re.findall(r"with prepare\.(\S+)=\.\.\.", str(error.value))]
+        overrides += [f"{key}=mine{number}.jsonl" for key in re.findall(r"with prepare\.(\S+)=\.\.\.", str(error.value))]
     assert all(text.startswith(f"variants.{variant}.") for text in overrides)
     prepared("wmdp_bio", *overrides)[variant].check()
 

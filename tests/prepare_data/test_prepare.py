@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from undo.config.mistakes import ConfigError
 from undo.config.schema import validate
 from undo.data.store import StoreWriter, TokenStore
-from undo.prepare_data import prepare as stage
+from undo.prepare_data import documents as tokenising
+from undo.prepare_data import split
 from undo.prepare_data.prepare import Prepare, prepare
 from undo.prepare_data.text import Source
 from undo.runs.run import Run
@@ -136,7 +137,7 @@ def test_decoding_the_made_tokenizer_is_exact_and_digits_stand_alone(prepared):
 
 def test_frequent_numbers_can_be_one_token(corpus, tmp_path):
     text = "\n".join(f"{n} + 47 = 50" for n in range(300))
-    (tmp_path / "retain.jsonl").write_text((json.dumps({"text": text}) + "\n") * 20)
+    (tmp_path / "retain.jsonl").write_text("".join(json.dumps({"text": f"{i}\n{text}"}) + "\n" for i in range(20)))
     data = {role: {"path": str(file / f"{role}.jsonl")} for role, file in (("retain", tmp_path), ("forget", corpus))}
     tokenizer = {"name": "byte_pairs", "vocab_size": 300, "split_digits": False}
     run = make(tmp_path, corpus, data=data, tokenizer=tokenizer, validation_share=0.5)
@@ -184,7 +185,7 @@ def stored(run) -> dict[str, bytes]:
 def test_killed_while_it_reads(corpus, tmp_path, monkeypatch, moment):
     """SIGKILL; then only what was not yet written is tokenised, and the stores are those of an undisturbed run."""
     monkeypatch.setattr("undo.data.store.WINDOW", 20)
-    monkeypatch.setattr(stage, "TEXTS_AT_ONCE", 5)
+    monkeypatch.setattr(tokenising, "TEXTS_AT_ONCE", 5)
     budget = {"tokens": 6000} if moment == "budget reached" else {}
     data = {role: {"path": str(corpus / f"{role}.jsonl"), **budget} for role in WORDS}
     undisturbed = stored(make(tmp_path / "undisturbed", corpus, data=data))
@@ -215,14 +216,14 @@ def test_killed_while_it_reads(corpus, tmp_path, monkeypatch, moment):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not list((tmp_path / "killed").rglob("train/*/store.json"))
     tokenised = []
-    tokenise = stage.documents
+    tokenise = split.documents
 
     def counting(texts, *rest):
         some = list(texts)
         tokenised.append(len(some))
         return tokenise(iter(some), *rest)
 
-    monkeypatch.setattr(stage, "documents", counting)
+    monkeypatch.setattr(split, "documents", counting)
     assert stored(make(tmp_path / "killed", corpus, data=data)) == undisturbed
     if moment == "reading":  # three windows of 20 long documents, and a few short and held-out ones, had been written
         assert tokenised[0] < DOCUMENTS - 40
@@ -237,7 +238,7 @@ def test_text_that_changed_between_two_attempts_is_refused(corpus, tmp_path, mon
     file.write_text("".join([*lines[:80], "{broken\n", *lines[80:]]))
     data = {"retain": {"path": str(file)}, "forget": {"path": str(corpus / "forget.jsonl")}}
     tokenizer = str(make(tmp_path / "first", corpus).folder / "tokenizer")
-    monkeypatch.setattr(stage, "TEXTS_AT_ONCE", 5)
+    monkeypatch.setattr(tokenising, "TEXTS_AT_ONCE", 5)
     with pytest.raises(ConfigError, match=r"retain\.jsonl line 81: is not JSON"):
         make(tmp_path / "runs", corpus, data=data, tokenizer=tokenizer)
     file.write_text("".join(lines[10:]))
@@ -256,8 +257,12 @@ def test_text_that_changed_between_two_attempts_is_refused(corpus, tmp_path, mon
         ({"tokenizer": {"name": "words", "vocab_size": 300}}, "knows a world's own words only"),
         ({"tokenizer": "/nowhere/tokenizer"}, "neither a folder with a tokenizer nor a hub id"),
         ({"tokenizer": {"name": "byte_pairs", "vocab_size": 90_000}}, "tokens only; set tokenizer.vocab_size"),
-        ({"validation_share": 0.0}, "is left for validation"),
+        ({"tokenizer": "./nowhere"}, "hub id: there is no such folder"),
+        ({"tokenizer": "."}, "hub id: it holds no tokenizer.json"),
+        ({"validation_share": 0.0}, "validation_share: input should be greater than 0"),
+        ({"validation_share": 1e-9}, "of 108 at most is left for validation"),
         ({"shortest": 5000}, "is left for training"),
+        ({"length": 1}, "length: input should be greater than or equal to 2"),
     ],
 )
 def test_refusals(changes, said, corpus, tmp_path, monkeypatch):

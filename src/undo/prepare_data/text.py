@@ -162,6 +162,11 @@ class Source(Place):
     def paired(self) -> bool:
         return any(place.paired_with is not None for place in self.places.values())
 
+    @property
+    def reads_again(self) -> bool:
+        """Whether a part that is exhausted starts over: where there is a limit."""
+        return self.parts is not None and (self.documents is not None or self.tokens is not None)
+
     def bytes_of_tokens(self, width: int) -> int | None:
         """An upper estimate of the bytes to store, at `width` bytes per token; None if it is not known."""
         bounds = [None if self.tokens is None else self.tokens * width]
@@ -174,8 +179,7 @@ class Source(Place):
 
     def texts(self) -> Iterator[str]:
         """The role's documents in order, at most `documents`; the same ones each time."""
-        limited = self.documents is not None or self.tokens is not None
-        texts = self.all_texts() if self.parts is None else blend(self.parts, again=limited)
+        texts = self.all_texts() if self.parts is None else blend(self.parts, self.reads_again)
         return islice(texts, self.documents)
 
 

@@ -3,6 +3,7 @@
 Tokenizers made here keep Gemma-2's ids of <pad>, <eos> and <bos>, and decode exactly.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +27,9 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     from undo.config.secrets import find_token
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, token=find_token("hf_token.txt", "HF_TOKEN"))
+        tokenizer = AutoTokenizer.from_pretrained(
+            os.path.expanduser(name), token=find_token("hf_token.txt", "HF_TOKEN")
+        )
     except (OSError, ValueError) as error:
         if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
             raise ConfigError(
