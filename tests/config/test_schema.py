@@ -167,7 +167,9 @@ def test_the_remedy_for_a_missing_file_is_one(variant, missing, tmp_path, monkey
         with pytest.raises(ConfigError) as error:
             prepared("wmdp_bio", *overrides)[variant].check()
         assert len(str(error.value).splitlines()) <= 3
-        overrides += [f"{key}=mine{number}.jsonl" for key in re.findall(r"with prepare\.(\S+)=\.\.\.", str(error.value))]
+        overrides += [
+            f"{key}=mine{number}.jsonl" for key in re.findall(r"with prepare\.(\S+)=\.\.\.", str(error.value))
+        ]
     assert all(text.startswith(f"variants.{variant}.") for text in overrides)
     prepared("wmdp_bio", *overrides)[variant].check()
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 from undo.config.mistakes import ConfigError
 from undo.config.schema import validate
 from undo.data.store import StoreWriter, TokenStore
+from undo.lm.tokens import token_ids
 from undo.prepare_data import documents as tokenising
 from undo.prepare_data import split
 from undo.prepare_data.prepare import Prepare, prepare
@@ -145,6 +147,103 @@ def test_frequent_numbers_can_be_one_token(corpus, tmp_path):
     assert len(made(" 47", add_special_tokens=False)["input_ids"]) == 1
 
 
+def test_control_tokens_that_are_spelled_in_a_document_are_text(prepared):
+    tokenizer = AutoTokenizer.from_pretrained(prepared.folder / "tokenizer")
+    spelled = [f"before {token} after" for token in tokenizer.all_special_tokens]
+    assert len(spelled) == 4
+    for text, ids in zip(spelled, token_ids(spelled, tokenizer), strict=True):
+        assert not set(ids) & set(tokenizer.all_special_ids)
+        assert tokenizer.decode(ids) == text
+    assert tokenizer(spelled[0])["input_ids"] != token_ids(spelled, tokenizer)[0]  # the library's default is another
+
+
+def test_a_long_document_is_tokenised_in_pieces_and_stays_one(prepared, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(prepared.folder / "tokenizer")
+    texts = ["river stone light\npaper seven " * 40, "short", "x" * 300, ""]
+    whole = [document.ids.tolist() for document in tokenising.documents(texts, tokenizer, "x")]
+    asked = []
+    monkeypatch.setattr(tokenising, "PIECE", 100)
+    monkeypatch.setattr(tokenising, "CHARACTERS_AT_ONCE", 500)
+    monkeypatch.setattr(tokenising, "token_ids", lambda some, own: asked.append(some) or token_ids(some, own))
+    cut = [document.ids.tolist() for document in tokenising.documents(texts, tokenizer, "x")]
+    assert cut[:2] + cut[3:] == whole[:2] + whole[3:]
+    assert tokenizer.decode(cut[2][1:-1]) == texts[2]  # without a blank the seam is anywhere
+    assert max(len(piece) for some in asked for piece in some) <= 100
+    assert max(sum(map(len, some)) for some in asked) < 600
+
+
+def write(file, texts) -> str:
+    file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    return str(file)
+
+
+def test_copies_of_a_document_are_on_one_side(corpus, prepared, tmp_path, capsys):
+    """Each document of one role twice; the other role stays as it is, byte by byte."""
+    every = list(Source(path=str(corpus / "retain.jsonl")).texts())
+    twice = write(tmp_path / "twice.jsonl", [*every, *(f" {text}\n" for text in every)])  # blanks around do not count
+    data = {"retain": {"path": twice}, "forget": {"path": str(corpus / "forget.jsonl")}}
+    run = make(tmp_path, corpus, data=data, tokenizer=str(prepared.folder / "tokenizer"))
+    assert numbers(run, "validation", "retain") == numbers(prepared, "validation", "retain")
+    assert not numbers(run, "validation", "retain") & numbers(run, "train", "retain")
+    assert stored(run, "forget") == stored(prepared, "forget")
+    held_out = len(numbers(run, "validation", "retain"))
+    facts = run.facts["documents"]["retain"]
+    assert facts == {"read": 240, "short": 24, "left_out": held_out, "apart": 0, "copies": 108 - held_out}
+    assert f"{108 - held_out} of {2 * (108 - held_out)} documents are copies of others" in capsys.readouterr().out
+    assert run.facts["documents"]["forget"] == {"read": 120, "short": 12, "left_out": 0, "apart": 0, "copies": 0}
+
+
+def test_documents_of_two_roles_are_counted_and_equal_roles_refused(corpus, prepared, tmp_path, capsys):
+    every = list(Source(path=str(corpus / "retain.jsonl")).texts())
+    tokenizer = str(prepared.folder / "tokenizer")
+    both = write(tmp_path / "both.jsonl", [*Source(path=str(corpus / "forget.jsonl")).texts(), *every[:31]])
+    data = {"retain": {"path": str(corpus / "retain.jsonl")}, "forget": {"path": both}}
+    run = make(tmp_path / "some", corpus, data=data, tokenizer=tokenizer)
+    assert run.facts["shared"] == {"retain, forget": 27}  # of 31, without the short ones
+    assert "27 documents are in retain (108) and in forget (135)" in capsys.readouterr().out
+    assert not (run.folder / "fingerprints").exists()
+    copied, reordered = write(tmp_path / "copied.jsonl", every), write(tmp_path / "reordered.jsonl", every[::-1])
+    (tmp_path / "copied.jsonl").write_bytes((corpus / "retain.jsonl").read_bytes())
+    for number, other in enumerate((str(corpus / "retain.jsonl"), copied, reordered)):
+        data["forget"] = {"path": other}
+        said = "hold the same 108 documents" if other == reordered else "are the same text"
+        with pytest.raises(ConfigError, match=f"data.retain and data.forget {said}"):
+            make(tmp_path / str(number), corpus, data=data, tokenizer=tokenizer)
+        assert (tmp_path / f"{number}/tiny/prepare/data/tokenizer").exists() == (other == reordered)
+
+
+def test_letters_taken_apart_are_said_with_their_share(corpus, prepared, tmp_path, capsys):
+    texts = [unicodedata.normalize("NFD", text) for text in Source(path=str(corpus / "forget.jsonl")).texts()]
+    data = {"retain": {"path": str(corpus / "retain.jsonl")}, "forget": {"path": write(tmp_path / "a.jsonl", texts)}}
+    tokenizer = str(prepared.folder / "tokenizer")
+    apart = make(tmp_path / "apart", corpus, data=data, tokenizer=tokenizer)
+    assert "train/forget: 100% of the documents have letters taken apart" in capsys.readouterr().out
+    assert apart.facts["documents"]["forget"]["apart"] == DOCUMENTS
+    data["forget"]["normalise"] = "NFC"
+    together = make(tmp_path / "together", corpus, data=data, tokenizer=tokenizer)
+    assert "taken apart" not in capsys.readouterr().out
+    assert stored(together, "forget") == stored(prepared, "forget")
+    assert apart.facts["tokens"]["train/forget"] > 1.5 * together.facts["tokens"]["train/forget"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"column": "body"}, "data.forget: .* line 1: has no column 'body'; it has text"),
+        ({"path": "there.csv"}, "data.forget: there.csv: is empty"),
+        ({"path": "gone.jsonl"}, "data.forget: gone.jsonl: there is no such file\n.*prepare.data.forget.path="),
+        ({"documents": 3}, "data.forget: no document of 50 tokens or more of 2 at most is left for validation"),
+    ],
+)
+def test_the_last_role_is_refused_before_the_first_is_read(change, said, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.csv").write_text("")
+    monkeypatch.setattr("undo.prepare_data.prepare.make_tokenizer", lambda *_: pytest.fail("it has begun"))
+    forget = {"path": str(corpus / "forget.jsonl"), **change}
+    with pytest.raises(ConfigError, match=said):
+        make(tmp_path, corpus, data={"retain": {"path": str(corpus / "retain.jsonl")}, "forget": forget})
+
+
 def test_the_split_depends_on_the_seed_alone(corpus, prepared, tmp_path):
     again = make(tmp_path / "a", corpus)
     other = make(tmp_path / "b", corpus, seed=43)
@@ -177,8 +276,8 @@ def test_an_existing_tokenizer_and_english_beside_the_arithmetic_world(corpus, p
     assert any("=" in text for text in texts(run, "train", "forget"))
 
 
-def stored(run) -> dict[str, bytes]:
-    return {str(file.relative_to(run.folder)): file.read_bytes() for file in sorted(run.folder.glob("*/*/*"))}
+def stored(run, role="*") -> dict[str, bytes]:
+    return {str(file.relative_to(run.folder)): file.read_bytes() for file in sorted(run.folder.glob(f"*/{role}/*"))}
 
 
 @pytest.mark.parametrize("moment", ["reading", "budget reached", "between the stores"])
@@ -276,7 +375,7 @@ def test_refusals(changes, said, corpus, tmp_path, monkeypatch):
 
 def test_no_room_on_the_disk_is_said_before_anything_is_read(corpus, tmp_path, capsys):
     assert Source(path=str(corpus / "retain.jsonl"), tokens=10**15).bytes_of_tokens(2) < 10**6  # a small file
-    data = {role: {"hub": "someone/text", "tokens": 10**15} for role in WORDS}
+    data = {role: {"hub": f"someone/{role}", "tokens": 10**15} for role in WORDS}
     with pytest.raises(ConfigError, match="GB are free"):
         make(tmp_path, corpus, data=data)
     assert "needs at most about" in capsys.readouterr().out

@@ -6,21 +6,18 @@ Reads no more than the beginning of each file, and nothing of the hub.
 import filecmp
 from itertools import chain, combinations, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import ROLES, Role
 from undo.data.files import read_texts
-from undo.prepare_data.text import Place, Source
-
-if TYPE_CHECKING:
-    from undo.prepare_data.prepare import Prepare
+from undo.prepare_data.text import Place, Source, Texts
 
 TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # a folder of one has one of these
 MOST: Final = 1 << 16  # documents that are looked at, of a role
 
 
-def check_texts(cfg: "Prepare") -> None:
+def check_texts(cfg: Texts) -> None:
     """Raises ConfigError for files that are missing, empty, of another column, too few or the same for two roles."""
     for role, source in cfg.data.items():
         for key, place in source.places.items():
@@ -66,7 +63,7 @@ def _same_place(one: Place, other: Place) -> bool:
     )
 
 
-def check_enough(cfg: "Prepare", role: Role) -> None:
+def check_enough(cfg: Texts, role: Role) -> None:
     """Raises ConfigError if too few documents are long enough for one of them to be drawn for validation."""
     import numpy as np
 
@@ -81,7 +78,7 @@ def check_enough(cfg: "Prepare", role: Role) -> None:
         raise too_little(cfg, role, "validation" if found else "training", found)
 
 
-def too_little(cfg: "Prepare", role: Role, what: str, found: int | None = None) -> ConfigError:
+def too_little(cfg: Texts, role: Role, what: str, found: int | None = None) -> ConfigError:
     count = "" if found is None else f" of {found:,} at most"
     return ConfigError(
         f"data.{role}: no document of {cfg.shortest} tokens or more{count} is left for {what}\n"

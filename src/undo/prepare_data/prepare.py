@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from undo.config.mistakes import ConfigError
-from undo.config.schema import ROLES, Count, Frozen, Role, RunName, StageConfig
+from undo.config.schema import ROLES, Count, Frozen, RunName
 from undo.data.problems import OPERATIONS, write_problems
 from undo.prepare_data.arithmetic import ArithmeticWorld
 from undo.prepare_data.preconditions import check_texts, check_tokenizer
-from undo.prepare_data.text import Source
+from undo.prepare_data.text import Texts
 from undo.prepare_data.tokenizer import load_tokenizer, train_byte_pairs, train_words
 from undo.runs.run import Run
 from undo.train.stage import Stage
@@ -41,20 +41,14 @@ class BytePairTokenizer(Frozen):
     split_digits: bool = True  # as Gemma-2 does; False: a frequent number is one token
 
 
-class Prepare(StageConfig):
+class Prepare(Texts):
     """What to generate or read, how to tokenise it, and how long the packed rows are."""
 
     world: ArithmeticWorld | None = None
-    data: dict[Role, Source] = Field(default={})  # text, of the roles that no world generates
     tokenizer: Annotated[WordTokenizer | BytePairTokenizer, Field(discriminator="name")] | str | None = (
         None  # str: a folder or a hub id
     )
     tokenizer_from: RunName | None = None  # instead: another prepare run's
-    length: Annotated[int, Field(ge=2)]  # tokens in a row; one alone has nothing to predict
-    shortest: Count = 50  # shorter documents of text are dropped (Appendix A)
-    validation_share: Annotated[float, Field(gt=0, lt=1)] = 5e-4  # of the documents of text
-    validation_tokens: Count = 500_000  # of each role's text, at most
-    seed: int = 42  # of the split into training and validation
 
     def check(self) -> None:
         if isinstance(self.tokenizer, str):
@@ -84,8 +78,8 @@ def prepare(cfg: Prepare, run: Run) -> None:
     from undo.prepare_data.documents import documents
     from undo.prepare_data.split import fingerprints, shared, split_text
 
-    check_disk(cfg, run.folder)
     cfg.check()
+    check_disk(cfg, run.folder)
     problems = [problem for role in OPERATIONS for problem in cfg.world.validation(role)] if cfg.world else []
     if problems:
         write_problems(run.folder / "problems.jsonl", problems)

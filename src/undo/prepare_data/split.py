@@ -19,11 +19,10 @@ from undo.data import store
 from undo.data.store import StoreWriter, TokenStore, batched, pack
 from undo.prepare_data.documents import Fingerprints, documents, fingerprint
 from undo.prepare_data.preconditions import too_little
+from undo.prepare_data.text import Texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from undo.prepare_data.prepare import Prepare
 
 MANY: Final = 0.01  # documents with letters taken apart, from which on it is said
 
@@ -35,7 +34,7 @@ class Split:
     """
 
     def __init__(
-        self, cfg: "Prepare", role: Role, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, folder: Path
+        self, cfg: Texts, role: Role, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, folder: Path
     ) -> None:
         self.cfg, self.role, self.tokenizer, self.source = cfg, role, tokenizer, cfg.data[role]
         self.writer = StoreWriter(folder / "train" / role, cfg.length, vocab_size, self.source.paired)
@@ -134,7 +133,7 @@ class Split:
 
 
 def split_text(
-    cfg: "Prepare", role: Role, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, folder: Path
+    cfg: Texts, role: Role, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, folder: Path
 ) -> list[TokenStore]:
     """The stores of training and validation text of a role."""
     train, validation = (folder / part / role for part in ("train", "validation"))

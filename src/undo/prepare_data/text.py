@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from undo.config.mistakes import ConfigError
-from undo.config.schema import Count, Frozen, Share
+from undo.config.schema import Count, Frozen, Role, Share, StageConfig
 from undo.data.files import PACKED, PLAIN, find_files, kind_of, read_texts, text_of
 from undo.prepare_data.corpora import origin
 
@@ -181,6 +181,17 @@ class Source(Place):
         """The role's documents in order, at most `documents`; the same ones each time."""
         texts = self.all_texts() if self.parts is None else blend(self.parts, self.reads_again)
         return islice(texts, self.documents)
+
+
+class Texts(StageConfig):
+    """The text of each role, and how it is cut into rows and split into training and validation."""
+
+    data: dict[Role, Source] = Field(default={})  # of the roles that no world generates
+    length: Annotated[int, Field(ge=2)]  # tokens in a row; one alone has nothing to predict
+    shortest: Count = 50  # shorter documents are dropped (Appendix A)
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 5e-4  # of the documents
+    validation_tokens: Count = 500_000  # of each role, at most
+    seed: int = 42  # of the split
 
 
 def tokens_per_byte(file: Path) -> float:
