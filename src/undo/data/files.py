@@ -97,8 +97,9 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
             return _guarded(file, _json(file))
 
 
-def text_of(row: object, columns: Sequence[str], where: str) -> str:
+def text_of(row: object, column: str | Sequence[str], where: str) -> str:
     """The text of a row, or "" if one of the columns is null. Raises ConfigError for what is no text."""
+    columns = [column] if isinstance(column, str) else column
     if not isinstance(row, dict):
         raise ConfigError(f"{where}: is not an object with a column {columns[0]!r}")
     for name in columns:

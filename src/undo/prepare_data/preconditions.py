@@ -1,6 +1,6 @@
 """What can be known to be wrong with the texts and the tokenizer of a prepare run before a corpus is tokenised.
 
-Reads no more than the beginning of each file, and nothing of the hub.
+Reads no more than the beginning of each file; of the hub, `reach` alone.
 """
 
 import filecmp
@@ -8,6 +8,7 @@ from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Final
 
+from undo.config import mirror
 from undo.config.mistakes import ConfigError
 from undo.config.schema import ROLES, Role
 from undo.data.files import read_texts
@@ -46,6 +47,13 @@ def check_texts(cfg: Texts) -> None:
             check_enough(cfg, role)
 
 
+def reach(cfg: Texts) -> None:
+    """Raises ConfigError for a place without a document, after a look at each, also at those of the hub."""
+    for source in cfg.data.values():
+        for place in source.places.values():
+            next(place.all_texts())
+
+
 def _same(one: Source, other: Source) -> bool:
     """Whether two roles read the same columns of the same files, or of copies of them, or of one dataset."""
     pairs = list(zip(one.places.values(), other.places.values(), strict=False))
@@ -57,7 +65,7 @@ def _same_place(one: Place, other: Place) -> bool:
         return False
     ours, theirs = one.files(), other.files()
     if not ours and not theirs:
-        return (one.hub, one.subset, one.split) == (other.hub, other.subset, other.split)
+        return (one.dataset, one.split) == (other.dataset, other.split)
     return len(ours) == len(theirs) and all(
         a.samefile(b) or filecmp.cmp(a, b, shallow=False) for a, b in zip(ours, theirs, strict=True)
     )
@@ -92,9 +100,10 @@ def is_local(tokenizer: str) -> bool:
 
 
 def check_tokenizer(name: str) -> None:
-    """Raises ConfigError if the folder holds none. One of the hub is known when it is fetched."""
-    folder = Path(name).expanduser()
-    if is_local(name) and not any((folder / file).is_file() for file in TOKENIZERS):
+    """Raises ConfigError if the folder, or the mirror's, holds none. One of the hub is known when it is fetched."""
+    mirrored = mirror.stand_in(name)
+    folder = Path(mirrored or name).expanduser()
+    if (mirrored or is_local(name)) and not any((folder / file).is_file() for file in TOKENIZERS):
         raise ConfigError(
             f"tokenizer {name!r} is neither a folder with a tokenizer nor a hub id: "
             f"{'it holds no tokenizer.json' if folder.is_dir() else 'there is no such folder'}"

@@ -12,7 +12,7 @@ from undo.config.mistakes import ConfigError
 from undo.config.schema import ROLES, Count, Frozen, RunName
 from undo.data.problems import OPERATIONS, write_problems
 from undo.prepare_data.arithmetic import ArithmeticWorld
-from undo.prepare_data.preconditions import check_texts, check_tokenizer
+from undo.prepare_data.preconditions import check_texts, check_tokenizer, reach
 from undo.prepare_data.text import Texts
 from undo.prepare_data.tokenizer import load_tokenizer, train_byte_pairs, train_words
 from undo.runs.run import Run
@@ -80,6 +80,7 @@ def prepare(cfg: Prepare, run: Run) -> None:
 
     cfg.check()
     check_disk(cfg, run.folder)
+    reach(cfg)
     problems = [problem for role in OPERATIONS for problem in cfg.world.validation(role)] if cfg.world else []
     if problems:
         write_problems(run.folder / "problems.jsonl", problems)
@@ -101,7 +102,9 @@ def prepare(cfg: Prepare, run: Run) -> None:
         else:
             continue
         stores |= {f"{part}/{role}": s for part, s in zip(("train", "validation"), made, strict=True)}
+    places = {f"{role}{key and '.' + key[:-1]}": p for role, s in cfg.data.items() for key, p in s.places.items()}
     run.finish(
+        sources={key: place.label for key, place in places.items()},
         vocab_size=vocab_size,
         tokens={name: store.tokens for name, store in stores.items()},
         fill={name: round(store.tokens / (len(store) * store.length), 4) for name, store in stores.items()},
