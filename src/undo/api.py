@@ -22,7 +22,7 @@ from undo.data.rows import PackedDocuments
 from undo.data.stream import MixedStream
 from undo.evaluate.evaluator import Measured
 from undo.lm import place as placing
-from undo.lm.tokens import Tokens, collate, enclosed
+from undo.lm.tokens import Tokens, collate, enclosed, token_ids
 from undo.losses import cross_entropy, forward_kl
 from undo.results.results import Results, worst_case
 from undo.runs.directory import Diverged
@@ -275,7 +275,7 @@ def _rows(
         elif tokenizer is None:
             raise TypeError("these texts are strings: give the model's tokenizer, too")
         else:
-            documents.append(enclosed(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer))
+            documents.append(enclosed(token_ids([text], tokenizer)[0], tokenizer))
     return PackedDocuments(documents, options.get("length", 256), model.config.vocab_size)
 
 

@@ -160,14 +160,18 @@ def test_a_part_of_the_mixture_can_be_left_out():
 @pytest.mark.parametrize(("variant", "missing"), [("corpora", 1), ("qa", 2), ("mixture", 1)])
 def test_the_remedy_for_a_missing_file_is_one(variant, missing, tmp_path, monkeypatch):
     """What the message says mends what it complains of."""
-    (tmp_path / "mine.jsonl").write_text('{"text": "a"}')
+    for number in range(missing):
+        texts = ({"text": f"{number}: the document {i}"} for i in range(2000))
+        (tmp_path / f"mine{number}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     monkeypatch.chdir(tmp_path)
     overrides: list[str] = []
-    for _ in range(missing):
+    for number in range(missing):
         with pytest.raises(ConfigError) as error:
             prepared("wmdp_bio", *overrides)[variant].check()
         assert len(str(error.value).splitlines()) <= 3
-        overrides += [f"{key}=mine.jsonl" for key in re.findall(r"with prepare\.(\S+)=\.\.\.", str(error.value))]
+        overrides += [
+            f"{key}=mine{number}.jsonl" for key in re.findall(r"with prepare\.(\S+)=\.\.\.", str(error.value))
+        ]
     assert all(text.startswith(f"variants.{variant}.") for text in overrides)
     prepared("wmdp_bio", *overrides)[variant].check()
 
@@ -189,6 +193,13 @@ def test_points_are_filled_in_as_the_numbers_they_are():
     assert expand(raw, {}, "made.yaml") == [{"name": "a", "variant": "", "x": 2e-5}]
     with pytest.raises(ConfigError, match=r"cannot fill in '\{points\.rmu\.best\.rate\}'"):
         expand({**raw, "x": "{points.rmu.best.rate}"}, {}, "made.yaml")
+
+
+def test_a_brace_that_stands_for_itself_is_written_twice():
+    raw = {"name": "a", "path": "korpus {{x}}/{name}.jsonl"}
+    assert expand(raw, {}, "made.yaml")[0]["path"] == "korpus {x}/a.jsonl"
+    with pytest.raises(ConfigError, match=r"cannot fill in 'korpus \{x\}': .*\n.* is written twice: \{\{ or \}\}"):
+        expand({**raw, "path": "korpus {x}"}, {}, "made.yaml")
 
 
 def test_let_is_filled_in_and_is_no_key_of_a_run():
@@ -349,7 +360,7 @@ def test_unreadable_yaml(tmp_path, content, words):
         ('name: "{variant.__class__}"', "no such key or format"),
         ('name: "{variant!r}"', "no such key or format"),
         ('name: "{seed.x}"\nseed: 3', "no such key or format"),
-        ('name: "{"', r"a brace is written \{\{ or \}\}"),
+        ('name: "{"', r"is written twice: \{\{ or \}\}"),
         ('name: "{seed:d}"\nseed: x', "no such key or format"),
         ("name: x\nsweep: {seed: 3}", r"sweep\.seed must be a list"),
         ("name: x\nlet: ${oc.env:HOME}", r"mine\.yaml: \$\{oc\.env:HOME\}: look-ups are not taken"),
@@ -363,7 +374,7 @@ def test_yaml_that_means_nothing_is_one_line(tmp_path, content, words):
     path.write_text(content)
     with pytest.raises(ConfigError, match=words) as error:
         expand(read_yaml(path), {}, str(path))
-    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value).splitlines()) <= 2
 
 
 def test_an_override_reads_no_environment(monkeypatch):

@@ -230,8 +230,10 @@ def test_what_is_no_mirror_is_refused(mirrored, text, says):
 
 def test_a_setting_of_hub_data_runs_from_a_mirror_and_without_one_says_what_to_do(tmp_path):
     """From the command line to the worker that reads it."""
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{t} and so on"}) + "\n" for t in TEXTS))
-    (tmp_path / "mine.yaml").write_text("some/english: text.jsonl\nsome/korean: {train: text.jsonl}\n")
+    for name in ("text", "other"):
+        lines = (json.dumps({"text": f"{text} and so on, {name}"}) + "\n" for text in TEXTS)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "mine.yaml").write_text("some/english: text.jsonl\nsome/korean: {train: other.jsonl}\n")
     setting = tmp_path / "mine/prepare.yaml"
     setting.parent.mkdir()
     setting.write_text(
@@ -250,7 +252,7 @@ def test_a_setting_of_hub_data_runs_from_a_mirror_and_without_one_says_what_to_d
     facts = json.loads((tmp_path / "runs/mine/prepare/data/run.json").read_text())
     assert facts["sources"] == {
         "retain": f"some/english (mirrored by {tmp_path}/text.jsonl)",
-        "forget": f"some/korean (mirrored by {tmp_path}/text.jsonl)",
+        "forget": f"some/korean (mirrored by {tmp_path}/other.jsonl)",
     }
 
 

@@ -1,5 +1,8 @@
 """The token store: nothing lost, nothing torn that fits, and a stream that knows every step by its number."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +48,41 @@ def test_a_token_outside_the_vocabulary_is_refused_and_leaves_no_store(tmp_path)
     with pytest.raises(ConfigError, match="1000 does not fit"):
         pack([np.array([1, 1000])], tmp_path / "s", 8, 1000)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("tokens.bin", lambda file: os.truncate(file, 100), "has 100 bytes, not 600"),
+        ("rows.bin", lambda file: os.truncate(file, 24), "has 24 bytes, not"),
+        ("pieces.bin", Path.unlink, "cannot be read (No such file or directory)"),
+        ("pieces.bin", lambda file: file.write_bytes(file.read_bytes()[::-1]), "is not what was written"),
+        ("tokens.bin", lambda file: file.write_bytes(bytes(600)), "is not what was written"),
+        ("store.json", Path.unlink, "cannot be read"),
+        ("store.json", lambda file: file.write_text(""), "is damaged"),
+        ("store.json", lambda file: file.write_text("null"), "is damaged"),
+        ("store.json", lambda file: file.write_text("{}"), "is damaged"),
+        ("store.json", lambda file: file.write_bytes(b"\xff"), "is damaged"),
+    ],
+)
+def test_damage_is_named_with_its_file(tmp_path, name, damage, said):
+    """A store cut in half would train on half of the data."""
+    pack([np.arange(300)], tmp_path / "s", 64, 1000)
+    damage(tmp_path / "s" / name)
+    with pytest.raises(ConfigError) as error:
+        TokenStore(tmp_path / "s")
+    assert f"{tmp_path / 's' / name}: {said}" in str(error.value)
+    assert "--force" in str(error.value)
+
+
+def test_of_large_files_the_size_alone_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "SMALL", 100)
+    pack([np.arange(300)], tmp_path / "s", 64, 1000)
+    (tmp_path / "s/tokens.bin").write_bytes(bytes(600))
+    TokenStore(tmp_path / "s")
+    os.truncate(tmp_path / "s/tokens.bin", 598)
+    with pytest.raises(ConfigError, match=r"tokens\.bin: has 598 bytes"):
+        TokenStore(tmp_path / "s")
 
 
 def test_windows_of_packing_end_by_number_and_by_size():

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from tests.conftest import SHAPE, training
 from tests.train.test_loop import go
-from undo.data.problems import Problem
+from undo.config.mistakes import ConfigError
+from undo.data.problems import Problem, read_problems
 from undo.data.store import TokenStore
 from undo.evaluate import Accuracy, TokenCrossEntropy
 from undo.evaluate.accuracy import arg_max_hits, encode, pack_answers, summarise
@@ -55,6 +56,23 @@ def test_teacher_forcing_equals_greedy_decoding(half_trained, problems, tokenize
             greedy.append(tokenizer.decode(written[0], skip_special_tokens=True) == problem.text)
     assert hits.tolist() == greedy
     assert 0.05 < np.mean(greedy) < 0.95  # both outcomes occur
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[: text.rindex("{")], r"holds \d+ problems, not \d+"),
+        (lambda text: text[:-40], "is damaged"),
+        (lambda text: text.replace("operation", "Operation", 1), "is damaged"),
+        (lambda text: None, "cannot be read"),
+    ],
+)
+def test_damaged_problems_are_named(data, tmp_path, damage, said):
+    text = damage((data.folder / "problems.jsonl").read_text())
+    if text is not None:
+        (tmp_path / "problems.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=rf"problems\.jsonl: {said}"):
+        read_problems(tmp_path / "problems.jsonl", data.facts["problems"])
 
 
 def test_accuracy_does_not_depend_on_how_problems_are_batched(half_trained, data):

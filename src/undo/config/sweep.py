@@ -245,7 +245,8 @@ def _fill_in(values: Any, run: Raw, source: str) -> Any:
             return "".join(_formatted(*part, run) for part in Formatter().parse(values))
         except (LookupError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"{source}: cannot fill in {values!r}: no such key or format: {error} (a brace is written {{{{ or }}}})"
+                f"{source}: cannot fill in {values!r}: no such key or format: {error}\n"
+                f"a brace that stands for itself, as in a file's name, is written twice: {{{{ or }}}}"
             ) from None
     return values
 

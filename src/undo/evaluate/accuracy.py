@@ -5,13 +5,12 @@ one forward pass over prompt + answer + <eos> decides what decoding token by tok
 The softcap is monotone and is left out.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from undo.config.mistakes import ConfigError
-from undo.data.problems import Problem
+from undo.data.problems import Problem, read_problems
 from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured
 from undo.runs.directory import RunDirectory
 
@@ -34,8 +33,7 @@ class Accuracy(EvaluationConfig):
         import numpy as np
         from transformers import AutoTokenizer
 
-        lines = (data.folder / "problems.jsonl").read_text().splitlines()
-        problems = [Problem(**json.loads(line)) for line in lines]
+        problems = read_problems(data.folder / "problems.jsonl", data.facts["problems"])
         tokenizer = AutoTokenizer.from_pretrained(data.folder / "tokenizer")
         subset, rest = (
             [(tokens.to(device), owner) for tokens, owner in pack_answers(problems, indices, tokenizer, self.rows)]

@@ -313,17 +313,19 @@ class Benchmark:
         return len(self.asked)
 
     @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest input."""
-        return max(len(r.context) + len(r.continuation) - 1 for asked in self.asked for r in asked.requests)
+    def longest(self) -> tuple[int, Asked]:
+        """Tokens of the longest input, and the question that it belongs to."""
+        sizes = [max(len(r.context) + len(r.continuation) - 1 for r in asked.requests) for asked in self.asked]
+        return max(sizes), self.asked[sizes.index(max(sizes))]
 
     def fits(self, model: "PreTrainedModel") -> None:
         """Raises ConfigError if a prompt is longer than the model's context; the harness would cut it on the left."""
-        most = InMemory(self.tokenizer, model).max_length
-        if self.longest > most:
+        most, (longest, asked) = InMemory(self.tokenizer, model).max_length, self.longest
+        if longest > most:
+            begin = str(asked.doc.get("question") or asked.task.doc_to_text(asked.doc)).strip()[:60]
             raise ConfigError(
-                f"{self.questions.label}: a question with its {self.questions.shots} shots has "
-                f"{self.longest} tokens, the model reads {most}\nuse fewer shots, or leave it out"
+                f"{self.questions.label}: the question {begin!r} with its {self.questions.shots} "
+                f"shots has {longest} tokens, the model reads {most}\nuse fewer shots, or leave it out"
             )
 
     def ask(self, model: "PreTrainedModel", indices: Sequence[int] | None = None) -> Answered:

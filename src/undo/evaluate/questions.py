@@ -1,15 +1,13 @@
 """Files of multiple-choice questions: read, checked row by row, and sampled. Imports neither torch nor the harness."""
 
-import glob
-import json
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from undo.config.mistakes import ConfigError
+from undo.data.files import check_surrogates, find_files, read_rows
 from undo.data.hub import HubDataset
 
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -105,52 +103,15 @@ def read(pattern: str, subject: str | None = None) -> list[Question]:
     """All questions of a file, or of the files that a glob matches, in order. `subject` where the file names none.
 
     Columns: question, choices, answer (an index), and subject where there are several.
-    Raises ConfigError that names the file, the row (the first is 0) and what is wrong.
+    Raises ConfigError that names the file, the place in it and what is wrong.
     """
-    files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-    if not files:
-        raise ConfigError(f"{pattern}: no such file; give {', '.join(FORMATS)} with question, choices and answer")
-    questions = []
-    for file in files:
-        rows = _rows(file)
-        if not rows:
+    questions: list[Question] = []
+    for file in find_files(pattern, FORMATS):
+        found = [_question(row, subject or "", where) for where, row in read_rows(file)]
+        if not found:
             raise ConfigError(f"{file}: holds no questions")
-        questions += [_question(row, subject or "", f"{file} row {number}") for number, row in enumerate(rows)]
+        questions += found
     return questions
-
-
-def _rows(file: Path) -> list[Any]:
-    if file.suffix not in FORMATS:
-        raise ConfigError(f"{file}: is not one of {', '.join(FORMATS)}")
-    try:
-        if file.suffix == ".parquet":
-            return _parquet(file)
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'is not UTF-8'}") from None
-    if file.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{file}: is not JSON: {error}") from None
-    rows = []
-    for number, line in enumerate(text.split("\n")):  # not splitlines: U+2028 may stand in a question
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-        except ValueError as error:
-            raise ConfigError(f"{file} line {number + 1}: is not JSON: {error}") from None
-    return rows
-
-
-def _parquet(file: Path) -> list[Any]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.ParquetFile(file).read().to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"{file}: is not a parquet file, or is damaged: {str(error).splitlines()[0]}") from None
 
 
 def _question(row: Any, subject: str, where: str) -> Question:
@@ -164,12 +125,17 @@ def _question(row: Any, subject: str, where: str) -> Question:
     for column, value in (("question", question), ("subject", subject)):
         if not isinstance(value, str):
             raise ConfigError(f"{where}: column {column!r} holds {value!r}, not text")
+        check_surrogates(value, f"{where}: column {column!r}")
     if not question.strip():
         raise ConfigError(f"{where}: the question is empty")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ConfigError(f"{where}: column 'choices' must be a list of texts, got {choices!r}")
+    for choice in choices:
+        check_surrogates(choice, f"{where}: column 'choices'")
     if not 2 <= len(choices) <= len(LETTERS):
         raise ConfigError(f"{where}: has {len(choices)} choices; a question needs 2 to {len(LETTERS)}")
+    if len(set(choices)) == 1:
+        raise ConfigError(f"{where}: its {len(choices)} choices are all {choices[0]!r}: no answer is better")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise ConfigError(
             f"{where}: answer {answer!r} is not an index into its {len(choices)} choices (0 to {len(choices) - 1})"

@@ -3,6 +3,7 @@
 Tokenizers made here keep Gemma-2's ids of <pad>, <eos> and <bos>, and decode exactly.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +31,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     from undo.config.secrets import find_token
 
     try:
-        place, token = mirror.stand_in(name) or name, find_token("hf_token.txt", "HF_TOKEN")
+        place, token = mirror.stand_in(name) or os.path.expanduser(name), find_token("hf_token.txt", "HF_TOKEN")
         tokenizer = AutoTokenizer.from_pretrained(place, token=token)
     except (OSError, ValueError) as error:
         if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
