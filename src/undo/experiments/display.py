@@ -73,11 +73,13 @@ class LiveTable:
             where = f" on {detail}" if state == "running" else f": {detail}" if detail else ""
             self._console.print(f"{state:8}{run.name}{took}{where}", highlight=False, markup=False, soft_wrap=True)
 
-    def interrupted(self) -> None:
+    def interrupted(self, force: bool) -> None:
+        """`force`: whether the command would delete what it has just made."""
         for name, state in self._state.items():
             if state == "running":
                 self._state[name] = "waiting"
-        self._console.print("interrupted: every process has ended; the same command continues")
+        how = " without --force" * force
+        self._console.print(f"interrupted: every process has ended; the same command{how} continues")
 
     def _table(self) -> Table:
         """Running runs, then what just ended, then what comes next, as far as the terminal's height allows."""

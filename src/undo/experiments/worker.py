@@ -42,7 +42,7 @@ def work(stage: Stage, folders: Sequence[Path]) -> int:
                 run.open(config)
                 stage.execute(config, run)
             except Interrupted:
-                print("interrupted; the same command goes on from here")
+                print("interrupted; the next start goes on from here")
                 return INTERRUPTED
             except Exception as error:
                 if ranks.count() > 1 and run.stop_requested:  # another rank has left already and closed its connection

@@ -105,13 +105,22 @@ def shared_evaluation(of: RunDirectory, cfg: TrainingStage, measure: Callable[[]
     file = evaluation_file(of, cfg)
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        found = Measured(json.loads(file.read_text()), 0) if file.exists() else None
+        found = _left_there(file)
         ranks.of_the_leader(found)
         if found is not None:
             return found
         measured = measure()
         write_atomically(file, json.dumps(measured.values))
     return measured
+
+
+def _left_there(file: Path) -> Measured | None:
+    """An evaluation that was written; None for none, and for a damaged file, since it can be made again."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return Measured(values, 0) if isinstance(values, dict) and values else None
 
 
 def evaluation_file(of: RunDirectory, cfg: TrainingStage) -> Path:
