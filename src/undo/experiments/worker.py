@@ -12,6 +12,7 @@ from pathlib import Path
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import validate
+from undo.launch.nanny import die_with_parent, watch_parent
 from undo.runs import ranks
 from undo.runs.directory import INTERRUPTED, Diverged, Interrupted
 from undo.runs.run import Follower, Run
@@ -72,4 +73,5 @@ def _write_to(log: Path, quiet: bool) -> None:
 
 
 if __name__ == "__main__":
+    die_with_parent() if sys.platform == "linux" else watch_parent()  # torchrun's ranks would outlive it
     sys.exit(main(sys.argv[1:]))

@@ -109,4 +109,4 @@ def download(name: str) -> Path:
         ) from None
 
 
-STAGE = Stage("base", Base, fetch, __name__, "The pretrained model (D.2)", shape=shape_of_base)
+STAGE = Stage("base", Base, fetch, __name__, "The pretrained model (D.2)", shape=shape_of_base, computes=False)

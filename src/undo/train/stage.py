@@ -29,6 +29,7 @@ class Stage:
     caption: str  # of its hyper-parameters: what they are, and where the paper has them
     shape: Callable[[Any, RunDirectory], Shape | None] = lambda config, run: None  # of its model; None: its parent's
     row_tokens: Callable[[Any], int | None] = lambda config: None  # of its data; None: as its parents have them
+    computes: bool = True  # False: its runs take no share of the devices
 
 
 class TrainingStage(StageConfig):
