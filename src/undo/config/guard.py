@@ -33,6 +33,7 @@ def _prepare_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -40,12 +41,11 @@ def _prepare_streams() -> None:
 
 def _lost(more: str = "") -> OSError | None:
     """Why standard output, and `more`, cannot be written, if it cannot."""
-    if sys.stdout is not None:
-        try:
-            sys.stdout.write(more)
-            sys.stdout.flush()
-        except OSError as error:
-            return error
+    try:
+        sys.stdout.write(more)
+        sys.stdout.flush()
+    except OSError as error:
+        return error
     return None
 
 
@@ -59,5 +59,5 @@ def _end(status: int, lost: OSError | None) -> int:
 
 
 def _complain(text: str) -> None:
-    with suppress(OSError, AttributeError):  # nobody listens
+    with suppress(OSError):  # nobody listens
         print(f"error: {text}", file=sys.stderr)

@@ -132,18 +132,30 @@ class RunDirectory:
         return self.folder / "log.txt"
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """All complete lines of metrics.jsonl. A line that is still being written is left out."""
+        """All complete lines of metrics.jsonl. A line that is still being written is left out.
+
+        Raises ConfigError with the number of a line that is damaged.
+        """
         return self._lines()
 
     def _lines(self, keys: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
         """Records that hold one of the quoted `keys`; all for none. The others are not parsed: most lines are steps."""
+        path = self.folder / "metrics.jsonl"
         try:
-            text = (self.folder / "metrics.jsonl").read_text()
-        except OSError:
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        except FileNotFoundError:
             return
-        for line in text.splitlines(keepends=True):
-            if line.endswith("\n") and (not keys or any(key in line for key in keys)):
-                yield json.loads(line)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
+        for number, line in enumerate(lines, 1):
+            wanted, record = not keys or any(key in line for key in keys), None
+            if wanted:
+                with suppress(ValueError):
+                    record = json.loads(line)
+            if not (isinstance(record, dict) and "step" in record if wanted else line[:1] + line[-1:] == "{}"):
+                raise ConfigError(f"{path} line {number}: is damaged; {AFRESH}")
+            if record is not None:
+                yield record
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Step -> metrics of the evaluation at that step."""
