@@ -1,5 +1,7 @@
 """A run directory that was damaged, half deleted or tampered with: nothing wrong in it is taken for done."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -10,6 +12,7 @@ from safetensors.torch import save_file
 
 from tests.conftest import metrics, training
 from tests.train.test_loop import make
+from undo.config.files import write_atomically
 from undo.config.mistakes import ConfigError
 from undo.runs import checksums
 from undo.runs.directory import RunDirectory
@@ -217,6 +220,73 @@ def test_a_checkpoint_right_after_another_start_can_be_read(tmp_path):
     run.open(config)
     assert run.load_checkpoint() is not None
     assert [line["step"] for line in metrics(run.folder)] == [1, 2]
+
+
+# --- symbolic links and locks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metrics.jsonl",
+        "log.txt",
+        "config.yaml",
+        "config.yaml.partial",
+        "checkpoint",
+        "checkpoint/state.partial",
+        "train",
+    ],
+)
+def test_a_planted_link_is_not_followed_when_a_run_writes(tmp_path, name):
+    run, config = make(tmp_path / "runs")
+    victim = tmp_path / "victim"
+    victim.mkdir() if name in ("checkpoint", "train") else victim.write_text("precious")
+    path = run.folder / name
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(run.folder / "config.yaml", victim) if name == "config.yaml" else None
+    before = None if victim.is_dir() else victim.read_bytes()
+    path.unlink(missing_ok=True)
+    path.symlink_to(victim)
+    with pytest.raises(ConfigError, match=f"{name}: is a symbolic link") as error:
+        run.claim(config)
+    assert "delete the link" in one_line(error)
+    assert (victim.read_bytes() if before else list(victim.iterdir())) == (before or [])
+
+
+def test_links_that_belong_there_are_left_alone(tmp_path):
+    run, config = make(tmp_path / "runs")
+    (run.folder / "model").symlink_to(tmp_path)
+    (run.folder / "wandb").mkdir()
+    (run.folder / "wandb/latest-run").symlink_to(tmp_path)
+    run.claim(config)
+
+
+def test_a_planted_lock_is_neither_emptied_nor_followed(tmp_path):
+    run, _ = make(tmp_path / "runs")
+    (tmp_path / "victim").write_text("precious")
+    (run.folder / ".lock").unlink(missing_ok=True)
+    (run.folder / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError, match=r"\.lock: cannot be locked"):
+        run.is_held()
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_file_that_is_replaced_does_not_lead_elsewhere(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    for name in ("run.json", "run.json.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    write_atomically(tmp_path / "run.json", "é")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / "run.json").read_bytes() == "é".encode()
+    assert not (tmp_path / "run.json").is_symlink()
+
+
+def test_where_locks_cannot_be_kept_another_place_is_asked_for(tmp_path, monkeypatch):
+    run, _ = make(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    with pytest.raises(ConfigError, match=r"cannot be locked \(No locks available\)") as error:
+        run.is_held()
+    assert "--runs" in one_line(error)
 
 
 def test_a_run_that_is_not_there_has_no_identity(tmp_path):

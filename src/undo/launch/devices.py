@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from undo.config.files import open_lock
 from undo.config.mistakes import ConfigError
 from undo.launch.jobs import DeviceShare
 
@@ -113,7 +114,7 @@ def _alone(path: Path, needed: bool = True) -> Iterator[None]:
     if not needed:
         yield
         return
-    with open(path, "w") as guard:
+    with open_lock(path) as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         yield
 

@@ -13,6 +13,7 @@ runs/<setting>/<stage>/<name>/
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,12 +22,13 @@ from typing import Any, Final, Self
 
 from pydantic import ValidationError
 
-from undo.config.files import digest, dump_yaml, load_yaml, sync, write_atomically
+from undo.config.files import digest, dump_yaml, load_yaml, open_lock, sync, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Raw, StageConfig, as_raw, differences
 from undo.runs import checksums
 
 AFRESH: Final = "make the run afresh with --force"
+LINKED: Final = ("model", "wandb")  # a fetched model is a link, and the tracker makes some to its last run
 INTERRUPTED: Final = 75  # exit status of a worker that stopped at a checkpoint (EX_TEMPFAIL)
 
 
@@ -176,6 +178,7 @@ class RunDirectory:
             self._require_identity(old)
             if there:
                 return
+        self._refuse_links()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "config.yaml", dump_yaml(wanted))
@@ -183,6 +186,17 @@ class RunDirectory:
             raise ConfigError(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs"
             ) from None
+
+    def _refuse_links(self) -> None:
+        """Raises ConfigError for a symbolic link where a run writes: what it leads to is not the run's to change."""
+        for folder, folders, files in os.walk(self.folder):
+            if Path(folder) == self.folder:
+                folders[:] = [name for name in folders if name not in LINKED]
+            if found := [name for name in (*folders, *files) if (Path(folder) / name).is_symlink()]:
+                raise ConfigError(
+                    f"{Path(folder) / found[0]}: is a symbolic link, and a run writes into its own folder only\n"
+                    f"delete the link"
+                )
 
     def _require_identity(self, made_with: Raw) -> None:
         """Raises ConfigError if run.json says that this done run was made with another config."""
@@ -244,13 +258,25 @@ class RunDirectory:
     @contextmanager
     def lock(self, wait: bool) -> Iterator[bool]:
         """Hold the run exclusively. Yields False at once if another process holds it and `wait` is not set."""
-        with open(self.folder / ".lock", "w") as file:
+        try:
+            file = open_lock(self.folder / ".lock")
+        except OSError as error:
+            raise self._unlockable(error) from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 yield False
                 return
+            except OSError as error:  # as NFS says where no lock server runs
+                raise self._unlockable(error) from None
             yield True
+
+    def _unlockable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"{self.folder / '.lock'}: cannot be locked ({error.strerror or error})\n"
+            f"choose a place with --runs that keeps locks, such as a local disk"
+        )
 
 
 def _completed(old: Raw, config: StageConfig) -> Raw:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from undo.config.files import digest, write_atomically
+from undo.config.files import digest, open_lock, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import RunName, as_raw
 from undo.evaluate.evaluator import Measured
@@ -106,7 +106,7 @@ def shared_evaluation(of: RunDirectory, cfg: TrainingStage, measure: Callable[[]
         made: Measured | None = ranks.of_the_leader(None)
         return measure() if made is None else made
     file = evaluation_file(of, cfg)
-    with open(file.with_suffix(".lock"), "w") as lock:
+    with open_lock(file.with_suffix(".lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = _left_there(file)
         ranks.of_the_leader(found)
@@ -137,5 +137,7 @@ def evaluation_file(of: RunDirectory, cfg: TrainingStage) -> Path:
         torch.cuda.is_available(),
     ]
     folder = of.folder / "evaluations"
+    if folder.is_symlink():
+        raise ConfigError(f"{folder}: is a symbolic link, and is not followed; delete it")
     folder.mkdir(exist_ok=True)
     return folder / f"{digest(how)}.json"

@@ -52,7 +52,9 @@ def draw(names: Iterable[str], results: "Results", folder: Path) -> tuple[list[P
             continue
         folder.mkdir(parents=True, exist_ok=True)
         for suffix in ("pdf", "png"):
+            path = folder / f"{name}.{suffix}"
+            path.unlink(missing_ok=True)  # a symbolic link would be followed
             # no creation date: the same results give the same bytes
-            figure.savefig(folder / f"{name}.{suffix}", metadata={"CreationDate": None} if suffix == "pdf" else None)
+            figure.savefig(path, metadata={"CreationDate": None} if suffix == "pdf" else None)
         drawn.append(folder / f"{name}.png")
     return drawn, missing
