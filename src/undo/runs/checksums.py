@@ -38,5 +38,5 @@ def of_tensors(tensors: "Mapping[str, Tensor]", note: str) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -110,11 +110,10 @@ class Run(RunDirectory):
             with safe_open(self._checkpoint, framework="pt") as file:
                 note, wanted = (file.metadata()[key] for key in ("progress", "checksum"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-            damage = "" if checksums.of_tensors(tensors, note) == wanted else "its checksum is another"
-        except (OSError, SafetensorError, KeyError, TypeError) as error:  # no metadata at all is None
-            damage = str(error) or type(error).__name__
-        if damage:
-            raise ConfigError(f"{self._checkpoint}: is damaged ({damage})\ndelete it to start this run afresh")
+                if checksums.of_tensors(tensors, note) != wanted:
+                    raise ValueError("its checksum is another")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:  # no metadata at all is None
+            raise ConfigError(f"{self._checkpoint}: is damaged ({error})\ndelete it to start this run afresh") from None
         return tensors, json.loads(note)
 
     # --- stopping --------------------------------------------------------------------------------------------------
