@@ -120,7 +120,7 @@ def test_two_devices_say_what_one_says_and_end_as_one(one, tmp_path, data, way):
     assert not (runs / "demo" / NAME / "run.json").exists()
     if number == signal.SIGTERM:
         log = (runs / "demo" / NAME / "log.txt").read_text()
-        assert "interrupted; the same command goes on from here" in log
+        assert "interrupted; the next start goes on from here" in log
     finished = run_script(*on_two(runs, way))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert files(runs) == files(undisturbed)
