@@ -102,7 +102,7 @@ def launch(
         try:
             failed = run_jobs(jobs(runs), display)
         except KeyboardInterrupt:
-            display.interrupted()
+            display.interrupted(args.force)
             return 130
     return 1 if failed else 0
 

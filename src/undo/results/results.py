@@ -1,6 +1,7 @@
 """Runs -> one table. The worst case over adversaries, and robustness, are defined here and nowhere else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -118,6 +119,15 @@ class Attacked:
         return self.worst_case[max(self.worst_case)]
 
 
+@contextmanager
+def _noted(unread: list[str]) -> Iterator[None]:
+    """A damaged run is a line, and stops nothing."""
+    try:
+        yield
+    except ConfigError as error:
+        unread.append(str(error).splitlines()[0])
+
+
 @dataclass(frozen=True)
 class Results:
     """Everything that is done in one setting."""
@@ -127,6 +137,7 @@ class Results:
     stages: tuple[str, ...]  # in the order of the pipeline
     shown: Shown = field(default_factory=Shown)
     looks: Mapping[str, Look] = field(default_factory=dict)  # of unlearning methods, by name
+    unread: tuple[str, ...] = ()  # runs that are left out because they are damaged: one line for each
 
     @classmethod
     def read(
@@ -143,9 +154,17 @@ class Results:
             for stage in stages
             for path in sorted((runs / setting / stage).glob("*/run.json"))
         ]
-        configs = {directory.name: directory.config for directory in directories}
-        found = (Result(d, configs[d.name], d.facts, arm_of(d.name, configs.get)) for d in directories)
-        return cls(setting, tuple(found), tuple(stages), shown or Shown(), looks or {})
+        configs, found, unread = dict[str, Raw](), list[Result](), list[str]()
+        for directory in directories:
+            with _noted(unread):
+                configs[directory.name] = directory.config
+        for directory in directories:
+            if (config := configs.get(directory.name)) is not None:
+                with _noted(unread):
+                    result = Result(directory, config, directory.facts, arm_of(directory.name, configs.get))
+                    _ = result.evaluations  # read now: what is damaged is left out of everything
+                    found.append(result)
+        return cls(setting, tuple(found), tuple(stages), shown or Shown(), looks or {}, tuple(unread))
 
     def of(self, stage: str) -> list[Result]:
         return [run for run in self.runs if run.name.startswith(f"{stage}/")]

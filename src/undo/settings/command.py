@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from typing import Final, NoReturn
 
-from undo.config.mistakes import guarded
+from undo.config.guard import guarded
 from undo.experiments import cli
 from undo.settings.stages import STAGES
 

@@ -30,6 +30,7 @@ class Stage:
     example: str = "demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"  # arguments, for --help
     shape: Callable[[Any, RunDirectory], Shape | None] = lambda config, run: None  # of its model; None: its parent's
     row_tokens: Callable[[Any], int | None] = lambda config: None  # of its data; None: as its parents have them
+    computes: bool = True  # False: its runs take no share of the devices
 
 
 class TrainingStage(StageConfig):
