@@ -1,6 +1,7 @@
 """Figures, tables and the report, from results made up so that what they must show can be worked out by hand."""
 
 import json
+import shutil
 
 import pytest
 
@@ -212,3 +213,22 @@ def test_what_undo_takes_stands_beside_the_paper_s_numbers(tmp_path):
     assert "| about 20% | 30% | +10% |" in table
     assert "| 60% to 80% | 90% | +10% |" in table
     assert compute(World(tmp_path / "other").results()) is None
+
+
+GONE = (*((stage,) for stage in STAGES), ("pretrain", "unlearn"), ("pretrain", "base"))
+
+
+@pytest.mark.parametrize("gone", GONE, ids="+".join)
+def test_what_there_is_is_drawn_and_reported(world, gone):
+    """Whole stages may be missing: their runs live elsewhere, or were never wanted."""
+    a_whole_world(world)
+    world.run("prepare/data", "")
+    world.model("base/model", "theirs", 0.9, also={"evaluation": {}, "vocab_size": 448}, model="./theirs")
+    world.model("undo/b", "undo_base", 0.3, teacher="base/model", noise={"alpha": 0.6, "beta": 0.1})
+    for stage in gone:
+        shutil.rmtree(world.folder / "made" / stage)
+    for figure in FIGURES.values():
+        figure(world.results())
+    for paper in (None, "wmdp"):
+        results = world.results(paper=paper)
+        assert "## Cost" in report(results, check(results), [], [])

@@ -13,8 +13,9 @@ from typing import Final, Literal
 
 from undo.report.paper import MMLU_LOST, PRETRAINED
 from undo.results.arms import Distilled, Matched, Oracle, Undo, Unlearned
+from undo.results.attacked import Attacked, Result
 from undo.results.frontier import pareto_front
-from undo.results.results import Attacked, Result, Results
+from undo.results.results import Results
 
 Verdict = Literal["holds", "mixed", "fails", "not run"]
 
@@ -225,7 +226,7 @@ def undo_outlasts_its_teacher(results: Results) -> Iterable[Observation]:
 def undo_costs_retain_performance(results: Results) -> Iterable[Observation]:
     """Against the model before anything was unlearned: mean over methods and seeds."""
     runs = [run for run in results.of("undo") if isinstance(run.arm, Undo) and results.is_shown(run.arm)]
-    if results.shown.paper not in PRETRAINED or not runs:
+    if results.shown.paper not in PRETRAINED or not runs or "retain" not in results.start:
         return
     sign = 1 if runs[0].higher_is_better else -1
     lost = mean(sign * (results.start["retain"] - r.facts["evaluation"]["retain"]) for r in runs)

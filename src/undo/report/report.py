@@ -10,7 +10,8 @@ from typing import Any
 from undo.config.units import si
 from undo.report.claims import HEADER, Checked, as_rows
 from undo.report.tables import after_noise, beaten, choices, compute, points, unlearning_sweep
-from undo.results.results import Result, Results
+from undo.results.attacked import Result
+from undo.results.results import Results
 from undo.results.text import as_text, markdown
 
 

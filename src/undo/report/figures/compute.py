@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from undo.report.figures.missing import Missing
 from undo.report.figures.relearning import ORACLE, UNLEARNED, curves, legend
 from undo.results.arms import Distilled, Undo
-from undo.results.results import Attacked, Results
+from undo.results.attacked import Attacked
+from undo.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from undo.corrupt import Noise
 from undo.report.figures.missing import Missing
 from undo.results.arms import Undo
-from undo.results.results import Attacked, Result, Results
+from undo.results.attacked import Attacked, Result
+from undo.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

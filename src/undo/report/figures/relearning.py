@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from undo.report.figures.missing import Missing
 from undo.results.arms import Distilled, Oracle, method_of
-from undo.results.results import Attacked, Results
+from undo.results.attacked import Attacked
+from undo.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure  # without pyplot: files only, no display, 
 
 from undo.corrupt import Noise
 from undo.results.arms import Distilled, Oracle, Reference, Undo, Unlearned, method_of
-from undo.results.results import Attacked, Results
+from undo.results.attacked import Attacked
+from undo.results.results import Results
 
 INK: Final = "#222222"
 COLORS: Final = {  # Okabe and Ito

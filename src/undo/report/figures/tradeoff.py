@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from undo.report.figures.missing import Missing
 from undo.results.arms import Oracle, Reference, Undo, Unlearned
-from undo.results.results import Attacked, Results
+from undo.results.attacked import Attacked
+from undo.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

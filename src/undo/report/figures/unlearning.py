@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Final
 from undo.report.figures.missing import Missing
 from undo.report.tables import main_sweeps
 from undo.results.arms import Unlearned
-from undo.results.results import Result, Results
+from undo.results.attacked import Result
+from undo.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from undo.report.figures.missing import Missing
 from undo.results.arms import Undo
-from undo.results.results import Attacked, Curve, Results
+from undo.results.attacked import Attacked, Curve
+from undo.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
