@@ -11,11 +11,11 @@ from undo.config.mistakes import ConfigError
 from undo.results.arms import Arm, Oracle, Reference, Undo, Unlearned, arm_of, method_of
 from undo.results.attacked import Attacked, Result
 from undo.results.labels import distinct
-from undo.results.shown import Look, Shown
+from undo.results.shown import SPARE, Look, Shown
 from undo.runs.directory import RunDirectory
 
 SHOWN: Final = (20, 70)  # relearning steps that the table shows beside the last
-UNKNOWN: Final = Look("", "o", "#777777", "#444444")
+UNKNOWN: Final = Look("", "h", *SPARE[-1])
 
 
 @dataclass(frozen=True)

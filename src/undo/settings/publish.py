@@ -6,6 +6,7 @@ Without names: everything, and report.md, one page that holds it all.
 import argparse
 import sys
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +21,7 @@ from undo.report.figures.missing import Missing
 from undo.report.paper import EXPERIMENTS
 from undo.report.report import report
 from undo.results.results import Results
-from undo.results.shown import Look, Shown
+from undo.results.shown import SPARE, Look, Shown
 from undo.results.text import as_text, write_csv
 from undo.settings.stages import STAGES
 from undo.unlearn import UnlearningMethod
@@ -50,8 +51,12 @@ def shown_in(folder: Path | None) -> Shown:
 def looks() -> dict[str, Look]:
     """How each unlearning method appears in figures, by its name."""
     kinds: tuple[type[Method], ...] = get_args(get_args(UnlearningMethod)[0])
-    names = ((kind.model_fields["name"].default, kind) for kind in kinds)
-    return {name: Look(kind.title or name, kind.mark, kind.color, kind.student_color) for name, kind in names}
+    spare, found = cycle(SPARE), dict[str, Look]()
+    for kind in kinds:
+        name = kind.model_fields["name"].default
+        color, student_color = (kind.color, kind.student_color) if kind.color else next(spare)
+        found[name] = Look(kind.title or name, kind.mark, color, student_color or color)
+    return found
 
 
 def publish(folder: Path, runs: Path, names: list[str] | None = None, out: Path | None = None) -> None:
