@@ -308,3 +308,38 @@ def test_what_there_is_is_drawn_and_reported(world, gone):
     for paper in (None, "wmdp"):
         results = world.results(paper=paper)
         assert "## Cost" in report(results, check(results), [], [])
+
+
+def test_a_report_says_what_it_is_about(tmp_path):
+    """A model and data of somebody's own: their names, the setting's claims, and why a number is missing."""
+    world = World(tmp_path, setting="own")
+    world.run(
+        "base/model", "", also={"evaluation": {}, "architecture": "Qwen3ForCausalLM", "vocab_size": 9}, model="./q"
+    )
+    parts = {"a": {"hub": "owner/set", "subset": "kor", "proportion": 0.25}, "b": {"path": "b.txt", "proportion": 0.75}}
+    data = {"forget": {"path": "novel.jsonl", "questions": "definitions"}, "retain": {"parts": parts}}
+    world.run("prepare/data", "", data=data)
+    world.model("unlearn/m", "m", 0.9, method={"name": "maxent"}, reference="base/model")
+    world.model("undo/u", "u", 0.5, teacher="unlearn/m", noise={"alpha": 0.6, "beta": 0.1})
+    text = report(world.results(), check(world.results()), [], [])
+    assert "| base/model | ./q (Qwen3ForCausalLM, vocabulary 9) |" in text
+    assert "| prepare/data | 25% owner/set (kor); 75% b.txt | novel.jsonl, questions made from it | - |" in text
+    assert (
+        "No robustness: m, u: no oracle of its seed (a model that never saw the forget data) has been attacked." in text
+    )
+    assert "On a pretrained model, UNDO makes what it starts from relearn less. | seed 0: m 0.900, u 0.500" in text
+    assert "wmdp" not in text.lower()
+
+
+def test_a_label_is_text_whatever_it_holds(world):
+    label = "a|b<script>alert(1)</script>[x](http://y)\n$\\frac$"
+    many_points(world)
+    world.model("unlearn/t", "_hidden", 0.9, method={"name": "npo"}, reference="x")
+    folder = world.folder / "made/relearn/_hidden-0/config.yaml"
+    folder.write_text(folder.read_text().replace("_hidden", json.dumps(label)))
+    results = world.results()
+    text = report(results, check(results), [], [])
+    assert "<script>" not in text
+    assert "](http" not in text.replace("\\](http", "")
+    assert r"| a\|b&lt;script&gt;alert(1)&lt;/script&gt;[x\](http://y) $\frac$ | 0 |" in text
+    draw(["fig7", "fig8"], results, world.folder)

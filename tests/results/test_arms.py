@@ -169,7 +169,7 @@ def test_an_adversary_with_a_name_changes_nothing_but_its_name(world):
     curve = {0: 0.0, 500: 0.95}
     world.run("relearn/l", "unlearned", curve=curve, model="unlearn/m", adversary="lora", training={"learning_rate": 1})
     assert figures_of(world.results()) == before
-    assert "On WMDP, UNDO makes MaxEnt and RMU relearn less. | - | - | not run" in report(
+    assert "On a pretrained model, UNDO makes what it starts from relearn less. | - | - | not run" in report(
         world.results(), check(world.results()), [], []
     )
 

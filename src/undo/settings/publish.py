@@ -19,7 +19,7 @@ from undo.report.claims import HEADER, as_rows, check
 from undo.report.figures import FIGURES, draw, figures_of
 from undo.report.figures.missing import Missing
 from undo.report.paper import EXPERIMENTS
-from undo.report.report import report
+from undo.report.report import report, without_robustness
 from undo.results.results import Results
 from undo.results.shown import SPARE, Look, Shown
 from undo.results.text import as_text, write_csv
@@ -74,13 +74,15 @@ def publish(folder: Path, runs: Path, names: list[str] | None = None, out: Path 
     out = runs / setting if out is None else out
     out.mkdir(parents=True, exist_ok=True)
     rows = results.table()
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False)
     table = Table(box=None, pad_edge=False)
     for column in results.columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     for cells in as_text(rows):
         table.add_row(*cells)
     console.print(table)
+    for line in without_robustness(results):
+        console.print(line, highlight=False, soft_wrap=True)
     wanted = figures_of(results) if names is None else [name for name in names if name in FIGURES]
     figures, lacking = draw(wanted, results, out / "figures")
     missing = not_drawn(setting, lacking)

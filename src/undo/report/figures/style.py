@@ -125,8 +125,13 @@ def describe(attacked: Attacked, results: Results) -> str:
             return f"unlearn and distill, {title}"
         case Unlearned():
             several = sum(a.arm == attacked.arm and a.model.seed == attacked.model.seed for a in results.attacked) > 1
-            return f"{title}: {attacked.label}" if several else title
-    return attacked.label
+            return f"{title}: {plain(attacked.label)}" if several else title
+    return plain(attacked.label)
+
+
+def plain(text: str) -> str:
+    """Text of anybody's making: no formula in dollars, and no leading underscore, which hides it from a legend."""
+    return (" " + text if text.startswith("_") else text).replace("$", r"\$")
 
 
 def shade(share: float) -> str:

@@ -32,7 +32,7 @@ def relearning_of_wmdp(results: Results) -> "Figure | Missing":
     Without such a pair: a panel for each attacked model. Bold: the adversary that gets furthest by the last step.
     Dashed: the model before anything was unlearned.
     """
-    from undo.report.figures.style import INK, color_of, describe, legend, over_seeds, panels
+    from undo.report.figures.style import INK, color_of, describe, legend, over_seeds, panels, plain
 
     groups: dict[str, list[Attacked]] = {}
     for attacked in results.attacked:
@@ -65,7 +65,7 @@ def relearning_of_wmdp(results: Results) -> "Figure | Missing":
                 )
         if "forget" in results.start:
             axis.axhline(results.start["forget"], color=INK, linewidth=0.8, linestyle="--", label="before unlearning")
-        axis.set_title(look.title if pairs else models[0][0].label, fontsize=9)
+        axis.set_title(look.title if pairs else plain(models[0][0].label), fontsize=9)
         axis.set_xlabel("relearning steps", fontsize=8)
     axes[0].set_ylabel(f"forget {results.attacked[0].unit}", fontsize=8)
     drawn = [members for models in shown for members in models]
@@ -75,8 +75,10 @@ def relearning_of_wmdp(results: Results) -> "Figure | Missing":
 
 
 def _named(adversary: tuple[str, float]) -> str:
+    from undo.report.figures.style import plain
+
     name, rate = adversary
-    return f"{name}, rate {rate:g}".removeprefix(", ")
+    return f"{plain(name)}, rate {rate:g}".removeprefix(", ")
 
 
 def _with_their_teachers(
