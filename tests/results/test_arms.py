@@ -19,6 +19,7 @@ from undo.report.figures.missing import Missing
 from undo.report.report import report
 from undo.report.tables import beaten
 from undo.results.arms import Distilled, Matched, Oracle, Reference, Undo, Unlearned, arm_of, method_of
+from undo.results.curves import COLUMNS, curves
 from undo.settings.publish import read
 from undo.settings.whole import planned
 from undo.train.stage import TrainingStage
@@ -249,3 +250,20 @@ def test_figures_yaml_is_checked(tmp_path):
         (tmp_path / "figures.yaml").write_text(text)
         with pytest.raises(ConfigError, match=re.escape(words)):
             shown_in(tmp_path)
+
+
+def test_every_evaluation_is_a_row_of_one_tidy_table(world):
+    world.model("undo/u", "u", 0.6, teacher="unlearn/m", noise=NOISE, retain=0.8)
+    world.run("relearn/d", "u", curve={0: 0.0}, model="undo/u", adversary="lora", also={"tokens": None})
+    rows = list(curves(world.results()))
+    assert all(tuple(row) == COLUMNS for row in rows)
+    last = {"stage": "relearn", "run": "relearn/u-0", "arm": "undo", "method": "maxent", "alpha": 0.6, "beta": 0.1}
+    last |= {"within": 0.05, "variant": "u", "seed": 0, "adversary": None, "learning_rate": 1e-3}
+    (row,) = [row for row in rows if (row["run"], row["step"]) == ("relearn/u-0", 40)]
+    assert row == last | {"step": 40, "tokens": 400, "retain": 0.9, "forget": pytest.approx(0.4)}
+    assert [(row["adversary"], row["tokens"]) for row in rows if row["run"] == "relearn/d"] == [("lora", None)]
+    assert {(row["stage"], row["arm"]) for row in rows if row["stage"] != "relearn"} == {
+        ("pretrain", "oracle"),
+        ("unlearn", "unlearned"),
+        ("undo", "undo"),
+    }

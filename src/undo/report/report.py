@@ -21,7 +21,7 @@ def report(results: Results, checked: Sequence[Checked], figures: Iterable[Path]
     rows, attack = results.table(), ", ".join(c for c in results.columns if c.startswith("forget_"))
     parts = [f"# {escaped(results.setting)}\n\n{origin(results.runs)}\n"]
     if about := subject(results):
-        parts += ["## What was unlearned in what\n", about]
+        parts += ["## Model and data\n", about]
     parts += ["## Models\n"]
     parts.append(markdown(results.columns, as_text(rows)))
     if len({row["seed"] for row in rows}) > 1:

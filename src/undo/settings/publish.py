@@ -20,6 +20,7 @@ from undo.report.figures import FIGURES, draw, figures_of
 from undo.report.figures.missing import Missing
 from undo.report.paper import EXPERIMENTS
 from undo.report.report import report, without_robustness
+from undo.results.curves import COLUMNS, curves
 from undo.results.results import Results
 from undo.results.shown import SPARE, Look, Shown
 from undo.results.text import as_text, write_csv
@@ -87,6 +88,7 @@ def publish(folder: Path, runs: Path, names: list[str] | None = None, out: Path 
     figures, lacking = draw(wanted, results, out / "figures")
     missing = not_drawn(setting, lacking)
     write_csv(rows, results.columns, out / "summary.csv")
+    write_csv(curves(results), COLUMNS, out / "curves.csv")
     checked = check(results)
     if "claims" in (names or NAMES):
         claims = Table(box=None, pad_edge=False, title="the paper's claims, on these runs", title_justify="left")
@@ -95,7 +97,8 @@ def publish(folder: Path, runs: Path, names: list[str] | None = None, out: Path 
         for cells in as_rows(checked):
             claims.add_row(*cells)
         console.print(claims, highlight=False)
-    lines = [f"table: {out / 'summary.csv'}", *(f"{path.stem}: {path.with_suffix('.pdf')}, .png" for path in figures)]
+    lines = [f"table: {out / 'summary.csv'}", f"curves: {out / 'curves.csv'}"]
+    lines += (f"{path.stem}: {path.with_suffix('.pdf')}, .png" for path in figures)
     if names is None:
         write_atomically(out / "report.md", report(results, checked, figures, missing))
         lines.append(f"report: {out / 'report.md'}")
