@@ -168,16 +168,22 @@ def marks(axis) -> dict[str, tuple]:
     """Name in the legend -> what tells its point from others."""
     found = {container.get_label(): container[0] for container in axis.containers}
     return {
-        label: (line.get_color(), line.get_marker(), line.get_fillstyle(), line.get_markerfacecolor())
+        label: (
+            line.get_color(),
+            line.get_marker(),
+            line.get_fillstyle(),
+            line.get_markerfacecolor(),
+            line.get_markersize(),
+        )
         for label, line in found.items()
     }
 
 
 def many_points(world) -> None:
-    """Three points of a method, UNDO at three thresholds, and a method that nobody here knows with its UNDO."""
+    """Eight points of a method, UNDO at three thresholds, and a method that nobody here knows with its UNDO."""
     a_whole_world(world)
-    for rank, retain in (("best", 0.9), ("medium", 0.8), ("worst", 0.7)):
-        world.model(f"unlearn/{rank}", rank, 0.9, retain=retain, method={"name": "npo"}, reference="x")
+    for rank in range(8):
+        world.model(f"unlearn/{rank}", f"{rank}", 0.9, retain=0.9 - rank / 9, method={"name": "npo"}, reference="x")
     world.model("unlearn/own", "own", 0.8, method={"name": "own"}, reference="x")
     for teacher in ("maxent-lr", "own"):
         for within in (0.05, 0.13, 0.33):
@@ -190,7 +196,7 @@ def test_points_of_figure_7_are_told_apart_and_share_an_axis(world):
     many_points(world)
     figure = FIGURES["fig7"](world.results(figure_7={"alpha": 0.6, "beta": 0.1}))
     found = marks(figure.axes[0])
-    assert len(found) == 14  # the oracle, three methods, three points of another, own, six UNDO
+    assert len(found) == 19  # the oracle, three methods, eight points of another, own, six UNDO
     assert len(set(found.values())) == len(found)
     assert {color for color, *_ in found.values()}.isdisjoint({"#777777", "#444444"})
     assert [label for label, (color, *_) in found.items() if color == "#000000"] == ["oracle (data filtering)"]
@@ -220,7 +226,7 @@ def test_shades_rates_and_lines_are_named(world):
         world.run(f"relearn/{rate}", "a", model="unlearn/0.001", training=training, curve=curve)
     assert FIGURES["fig3"](world.results()).axes[0].get_title() == "MaxEnt\nrates, light to dark: 0.0005, 0.001"
     figure = FIGURES["fig8"](world.results())  # no UNDO: a panel a model
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["MaxEnt: rate 0.001", "before unlearning"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["rate 0.001", "before unlearning"]
     assert figure.legends[0].get_title().get_text().startswith("thin: each adversary; bold, and named: the strongest")
 
 

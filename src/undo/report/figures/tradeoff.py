@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from statistics import median
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from undo.report.figures.missing import Missing
 from undo.results.arms import Oracle, Reference, Undo, Unlearned
@@ -116,20 +115,21 @@ def _edge(heights: Mapping[int, Sequence[float]]) -> float:
     return edge if max(every) > edge else math.inf
 
 
-def _looks(groups: Mapping[str, Sequence[Attacked]], results: Results) -> dict[str, dict[str, str]]:
-    """Colour, mark and filling of each group's points: no two alike, and nothing of it from a label."""
+def _looks(groups: Mapping[str, Sequence[Attacked]], results: Results) -> dict[str, dict[str, Any]]:
+    """Colour, mark, filling and size of each group's points: no two alike, and nothing of it from a label."""
     from undo.report.figures.style import color_of
 
     sign = -1 if results.directions[0] else 1
     alike: dict[tuple[str, str], list[str]] = {}
     for label, members in groups.items():
         alike.setdefault((color_of(members[0], results), _marker(members[0], results)), []).append(label)
-    looks: dict[str, dict[str, str]] = {}
+    looks: dict[str, dict[str, Any]] = {}
     for (color, mark), labels in alike.items():
         best_first = sorted(labels, key=lambda label: sign * median(a.before("retain") or 0.0 for a in groups[label]))
-        for label, (style, inside) in zip(best_first, cycle(FILLINGS), strict=False):
+        for i, label in enumerate(best_first):
+            style, inside = FILLINGS[i % len(FILLINGS)]
             filled = {"fillstyle": style, "markerfacecolor": inside or color, "markerfacecoloralt": "white"}
-            looks[label] = {"color": color, "fmt": mark, **filled}
+            looks[label] = {"color": color, "fmt": mark, "markersize": 6 + 2.5 * (i // len(FILLINGS)), **filled}
     return looks
 
 

@@ -49,6 +49,7 @@ def relearning_of_wmdp(results: Results) -> "Figure | Missing":
         for members in models:
             student = pairs and isinstance(members[0].arm, Undo)
             color = look.student_color if student else look.color if pairs else color_of(members[0], results)
+            who = f"{describe(members[0], results)}: " if pairs else ""  # a panel's title is the one model's name
             curves, best = adversaries(members), max if members[0].higher_is_better else min
             strongest = best(curves, key=lambda key, curves=curves: curves[key][max(curves[key])])
             for key, curve in curves.items():
@@ -61,7 +62,7 @@ def relearning_of_wmdp(results: Results) -> "Figure | Missing":
                     alpha=1 if bold else 0.45,
                     marker="o" if bold else None,
                     markersize=3,
-                    label=f"{describe(members[0], results)}: {_named(key)}" if bold else None,
+                    label=f"{who}{_named(key)}" if bold else None,
                 )
         if "forget" in results.start:
             axis.axhline(results.start["forget"], color=INK, linewidth=0.8, linestyle="--", label="before unlearning")
