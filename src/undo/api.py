@@ -31,6 +31,7 @@ from undo.runs.ranks import this_process
 from undo.settings import publish
 from undo.train.gradient import Objective, Step, plain
 from undo.train.loop import train
+from undo.train.parents import computed_in
 from undo.train.recorder import InMemory
 from undo.unlearn import health
 from undo.unlearn.method import Method
@@ -313,18 +314,20 @@ def _train(
     """The loop on texts in memory. measure: texts by role, or a function of the model, measured as `forget`."""
     sizes = {"length": length}
     every: dict[Role, PackedDocuments] = {role: _rows(some, tokenizer, model, sizes) for role, some in texts.items()}
-    cfg = Training.model_validate(
-        {
-            "steps": steps,
-            "batch_rows": batch_rows,
-            "learning_rate": learning_rate,
-            "evaluate_every": evaluate_every or steps,
-            **training,
-        },
-        strict=False,
+    cfg = computed_in(
+        Training.model_validate(
+            {
+                "steps": steps,
+                "batch_rows": batch_rows,
+                "learning_rate": learning_rate,
+                "evaluate_every": evaluate_every or steps,
+                **training,
+            },
+            strict=False,
+        )
     )
     streams = {
-        role: MixedStream({role: rows}, {role: 1.0}, batch_rows, steps, seed + index)
+        role: MixedStream({role: rows}, {role: 1.0}, batch_rows, seed + index)
         for index, (role, rows) in enumerate(every.items())
     }
     validation = (

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from undo.config.mistakes import ConfigError
-from undo.config.schema import Frozen
+from undo.data.hub import HubDataset
 
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 FORMATS: Final = (".parquet", ".jsonl", ".json")
@@ -25,11 +25,13 @@ class Question(NamedTuple):
     subject: str
 
 
-class Questions(Frozen):
-    """The questions to ask: a task of the harness (from the hub), or a local file with the benchmark's columns."""
+class Questions(HubDataset):
+    """The questions to ask: a task of the harness, or a file or a dataset of the hub with the benchmark's columns."""
 
     task: str | None = None  # a name that the harness knows: mmlu, wmdp_bio, ...
-    path: str | None = None  # a file or a glob, .parquet, .jsonl or .json: question, choices, answer (index), [subject]
+    split: str = "test"  # of the hub's dataset
+    shots_split: str | None = None  # of the same dataset: where the shots come from
+    path: str | None = None  # a file or a glob, .parquet, .jsonl or .json; it beats `hub`. Columns: see `read`
     subject: str | None = None  # of all questions of a file that has no such column; it stands in the prompt
     subjects: tuple[str, ...] | None = None  # of a file that has more of them: only these
     shots: Annotated[int, Field(ge=0)] = 0  # solved examples before each question; 0: as the task has it
@@ -39,36 +41,49 @@ class Questions(Frozen):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.task is None) == (self.path is None):
-            raise ValueError("give one of `task` (a name that the harness knows) and `path` (your own file), not both")
+        if (self.task is None) == (self.path is None and self.hub is None):
+            raise ValueError("give one of `task` (a name that the harness knows), `path` (your own file) and `hub`")
         if self.task is not None and (self.shots_path or self.subject or self.subjects):
             raise ValueError("`shots_path`, `subject` and `subjects` go with `path`; a task brings its own")
-        if self.path is not None and self.shots > 0 and self.shots_path is None:
-            raise ValueError(f"{self.shots} shots need `shots_path`, the file to take them from")
+        if self.task is None and self.shots > 0 and self.shots_path is None:
+            if self.path is not None:
+                raise ValueError(f"{self.shots} shots need `shots_path`, the file to take them from")
+            if self.shots_split is None:
+                raise ValueError(f"{self.shots} shots need `shots_split`, the split to take them from")
         return self
 
     def check(self) -> None:
-        """Raises ConfigError for any mistake in the files."""
-        if self.path is not None:
+        """Raises ConfigError for any mistake in the files. A dataset is fetched when it is needed."""
+        if self.path is not None or self.stand_in() is not None:
             self.by_subject()
 
+    @property
+    def label(self) -> str:
+        return self.task or self.path or self.dataset
+
+    def _read(self, path: str | None, split: str | None) -> list[Question]:
+        """The questions of a file, or of a split of the dataset."""
+        if local := path or self.stand_in(split):
+            return read(local, self.subject)
+        rows = enumerate(self.rows(split))
+        return [_question(row, self.subject or "", f"{self.dataset} {split} row {number}") for number, row in rows]
+
     def by_subject(self) -> dict[str, tuple[list[Question], list[Question]]]:
-        """The sample of the questions, and the shots before each of them, by subject. Only for a `path`."""
-        assert self.path is not None
-        groups = _by_subject(read(self.path, self.subject))
+        """The sample of the questions, and the shots before each of them, by subject. Not for a `task`."""
+        groups = _by_subject(self._read(self.path, self.split))
         if self.subjects is not None:
             for subject in self.subjects:
                 if subject not in groups:
-                    raise ConfigError(f"{self.path}: holds no question on {subject!r}; it has {', '.join(groups)}")
+                    raise ConfigError(f"{self.label}: holds no question on {subject!r}; it has {', '.join(groups)}")
             groups = {subject: groups[subject] for subject in self.subjects}
         shots: dict[str, list[Question]] = {}
         if self.shots:
-            assert self.shots_path is not None
-            shots = _by_subject(read(self.shots_path, self.subject))
+            shots = _by_subject(self._read(self.shots_path, self.shots_split))
         for subject in groups:
+            where = self.shots_path or f"{self.label} {self.shots_split}"
             if (found := len(shots.get(subject, ()))) < self.shots:
                 raise ConfigError(
-                    f"{self.shots_path}: holds {found} questions on {subject!r}, fewer than the {self.shots} shots\n"
+                    f"{where}: holds {found} questions on {subject!r}, fewer than the {self.shots} shots\n"
                     f"lower `shots`, or give a file with more of them"
                 )
         return {
@@ -89,6 +104,7 @@ class Questions(Frozen):
 def read(pattern: str, subject: str | None = None) -> list[Question]:
     """All questions of a file, or of the files that a glob matches, in order. `subject` where the file names none.
 
+    Columns: question, choices, answer (an index), and subject where there are several.
     Raises ConfigError that names the file, the row (the first is 0) and what is wrong.
     """
     files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+from undo.config import mirror
 from undo.config.mistakes import ConfigError
 from undo.config.sweep import parse_overrides
 from undo.config.units import aligned, si
@@ -11,7 +12,9 @@ from undo.experiments.check import check, jobs
 from undo.experiments.choose import pick, wanted
 from undo.experiments.costs import Cost, Costs
 from undo.experiments.plan import PlannedRun, beside_the_main, find_configs, plan
+from undo.launch.devices import visible_gpus
 from undo.launch.local import run_jobs
+from undo.runs import precision
 from undo.train.stage import Stage, TrainingStage
 
 EXAMPLE = "example: %(prog)s demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"
@@ -60,6 +63,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     arguments.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs/)"
     )
+    arguments.add_argument(
+        "--mirror",
+        type=Path,
+        metavar="FILE",
+        help="a YAML that names local files for what the hub has (UNDO_MIRROR)",
+    )
     return arguments
 
 
@@ -72,11 +81,14 @@ def launch(
     """Plan, check and execute runs -> the exit status. `kept`: names of runs that --force leaves as they are."""
     from undo.experiments.display import LiveTable
 
+    mirror.use(args.mirror)
     runs, configs = planned(args)
     if args.dry_run:
         show(runs, Costs(runs, configs, stages, parse_overrides(args.overrides).get("base.model")))
         return 0
     check(runs, args.force, kept)
+    if said := precision_note(runs):
+        print(said)
     with LiveTable(runs) as display:
         try:
             failed = run_jobs(jobs(runs), display)
@@ -84,6 +96,14 @@ def launch(
             display.interrupted()
             return 130
     return 1 if failed else 0
+
+
+def precision_note(runs: Sequence[PlannedRun]) -> str | None:
+    """That runs ask for bf16 where there is no GPU and the CPU multiplies it slowly. A GPU is asked by its worker."""
+    asks = any(isinstance(run.config, TrainingStage) and run.config.training.precision == "bf16" for run in runs)
+    if not asks or visible_gpus() or precision.cpu_has_fast_bf16():
+        return None
+    return precision.note("bf16", "fp32")
 
 
 def show(runs: Sequence[PlannedRun], costs: Costs) -> None:

@@ -115,7 +115,9 @@ def prepare(cfg: Prepare, run: Run) -> None:
         else:
             continue
         stores |= {f"{part}/{role}": s for part, s in zip(("train", "validation"), made, strict=True)}
+    places = {f"{role}{key and '.' + key[:-1]}": p for role, s in cfg.data.items() for key, p in s.places.items()}
     run.finish(
+        sources={key: place.label for key, place in places.items()},
         vocab_size=vocab_size,
         tokens={name: store.tokens for name, store in stores.items()},
         fill={name: round(store.tokens / (len(store) * store.length), 4) for name, store in stores.items()},

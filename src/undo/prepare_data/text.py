@@ -14,7 +14,8 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from undo.config.mistakes import ConfigError
-from undo.config.schema import Count, Frozen, Share
+from undo.config.schema import Count, Share
+from undo.data.hub import HubDataset
 from undo.prepare_data.corpora import origin
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".tokens")  # .tokens: WikiText's
@@ -31,13 +32,10 @@ class Paired(str):
         return made
 
 
-class Place(Frozen):
+class Place(HubDataset):
     """Files, or a dataset of the hub, and which part of them to read."""
 
     path: str | None = None  # a file or a glob of files; where it is given, the hub is not asked
-    hub: str | None = None  # a dataset of the hub: owner/name
-    subset: str | None = None  # of the hub's dataset
-    split: str = "train"  # of the hub's dataset
     column: str | tuple[str, ...] = "text"  # several are joined by a blank line: a question and its answer
     paired_with: str | tuple[str, ...] | None = None  # column of the same prompt with a harmless answer: for RepNoise
     share: Share = 1.0  # of the documents, drawn at random: a corpus may be sorted by source
@@ -50,17 +48,25 @@ class Place(Frozen):
         return self
 
     @property
+    def local(self) -> str | None:
+        """The path or glob that is read; None for a dataset that comes from the hub."""
+        return self.path or self.stand_in()
+
+    @property
     def label(self) -> str:
-        return self.path or self.hub or ""
+        """What is read, as messages and run.json name it."""
+        local = self.local
+        return self.dataset if local is None else local if self.path else f"{self.dataset} (mirrored by {local})"
 
     def files(self) -> list[Path]:
-        """The files of `path`, in order. Raises ConfigError if there is none, or one that cannot be read."""
-        if self.path is None:
+        """The files that are read, in order. Raises ConfigError if there is none, or one that cannot be read."""
+        pattern = self.local
+        if pattern is None:
             return []
-        found = [Path(name) for name in sorted(glob.glob(self.path, recursive=True))]
+        found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
         if not found:
-            where = origin(self.path)
-            raise ConfigError(f"{self.path}: there is no such file" + (f"\n{where}" if where else ""))
+            where = origin(pattern)
+            raise ConfigError(f"{pattern}: there is no such file" + (f"\n{where}" if where else ""))
         for file in found:
             if file.suffix not in SUFFIXES:
                 raise ConfigError(f"{file}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
@@ -86,37 +92,9 @@ class Place(Frozen):
             raise ConfigError(f"{self.label}: holds no text in column {self.column!r}")
 
     def _read(self, column: str | tuple[str, ...]) -> Iterator[str]:
-        if self.path is None:
-            return self._stream(column)
+        if self.local is None:
+            return (_text(row, column, self.dataset) for row in self.rows())
         return (text for file in self.files() for text in read(file, column))
-
-    def _stream(self, column: str | tuple[str, ...]) -> Iterator[str]:
-        import datasets
-        from datasets.exceptions import DatasetNotFoundError
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-        from undo.config.secrets import find_token
-
-        assert self.hub is not None
-        try:
-            rows = datasets.load_dataset(
-                self.hub, self.subset, split=self.split, streaming=True, token=find_token("hf_token.txt", "HF_TOKEN")
-            )
-            for row in rows:
-                yield _text(row, column, self.hub)
-        except GatedRepoError:
-            raise ConfigError(
-                f"{self.hub} is gated: ask for access at https://huggingface.co/datasets/{self.hub},\n"
-                f"then put your token into tokens/hf_token.txt or HF_TOKEN"
-            ) from None
-        except (RepositoryNotFoundError, DatasetNotFoundError):
-            raise ConfigError(
-                f"{self.hub}: there is no such dataset, or a token is needed to see it\n"
-                f"put your token into tokens/hf_token.txt or HF_TOKEN"
-            ) from None
-        except (OSError, ValueError) as error:  # no network; an unknown subset or split
-            reason = str(error).strip().splitlines()[0][:200]
-            raise ConfigError(f"{self.hub}: cannot be read: {reason}\nor give your own files with path=") from None
 
 
 class Part(Place):
@@ -169,7 +147,7 @@ class Source(Place):
     def bytes_of_tokens(self, width: int) -> int | None:
         """An upper estimate of the bytes to store, at `width` bytes per token; None if it is not known."""
         bounds = [None if self.tokens is None else self.tokens * width]
-        if self.path is not None:
+        if self.local is not None:
             sizes = [(f.stat().st_size, 1 if f.suffix == ".parquet" else 2) for f in self.files()]
             bounds.append(round(self.share * sum(size * width // bytes_each for size, bytes_each in sizes)))
         elif self.documents is not None:

@@ -10,10 +10,10 @@ from undo.config.files import digest, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import RunName, as_raw
 from undo.evaluate.evaluator import Measured
-from undo.runs import ranks
+from undo.runs import precision, ranks
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
-from undo.train.parents import open_stores
+from undo.train.parents import computed_in, open_stores
 from undo.train.stage import TrainingStage
 
 if TYPE_CHECKING:
@@ -52,9 +52,11 @@ def fit(
             f"{data.folder} has a vocabulary of {largest}, the model only {model.config.vocab_size}\n"
             f"prepare the data with the model's tokenizer"
         )
-    training, length = cfg.training, max(store.length for store in stores.values())
+    training, length = computed_in(cfg.training), max(store.length for store in stores.values())
+    if said := precision.note(cfg.training.precision, training.precision):
+        print(said, flush=True)
     streams = {
-        name: MixedStream(stores, mixture, training.batch_rows, training.steps, cfg.seed_for("order") + index)
+        name: MixedStream(stores, mixture, training.batch_rows, cfg.seed_for("order") + index)
         for index, (name, mixture) in enumerate(cfg.streams().items())
     }
     if cfg.execution.shard == "full":  # now: noise, verification and the choice of weights want them whole
@@ -88,6 +90,7 @@ def fit(
         "flops": cfg.flops_per_token(size, length) * outcome.tokens,
         "evaluation_flops": size.forward_flops(length) * outcome.evaluation_tokens,
         "parameters": size.parameters,
+        "precision": training.precision,
         "evaluation": outcome.evaluation,
         "seeds": {concern: cfg.seed_for(concern) for concern in ("init", "order", "noise", "objective")},
     }
@@ -121,7 +124,7 @@ def evaluation_file(of: RunDirectory, cfg: TrainingStage) -> Path:
     how = [
         as_raw(cfg.evaluation),
         of.sibling(cfg.validated_on).identity(),
-        cfg.training.precision,
+        computed_in(cfg.training).precision,
         torch.cuda.is_available(),
     ]
     folder = of.folder / "evaluations"

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from undo.config.mistakes import ConfigError
-from undo.config.schema import ROLES, Role, RunName
+from undo.config.schema import ROLES, Role, RunName, Training
 from undo.lm.shape import Shape
+from undo.runs import precision
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 from undo.train.stage import TrainingStage
@@ -34,7 +35,7 @@ def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen:
     memory.require(
         available,
         model,
-        cfg.training,
+        computed_in(cfg.training),
         cfg.execution,
         max(store.length for store in open_stores(cfg, run).values()),
         frozen=[shape_of_parent(run, name) for name in frozen],
@@ -43,6 +44,11 @@ def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen:
         streams=len(cfg.streams()),
         device=device,
     )
+
+
+def computed_in(training: Training) -> Training:
+    """The same values, with the precision that this process computes in."""
+    return training.model_copy(update={"precision": precision.taken(training.precision)})
 
 
 def open_stores(cfg: TrainingStage, run: Run) -> "dict[Role, TokenStore]":
