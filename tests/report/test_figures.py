@@ -322,14 +322,14 @@ def test_a_report_says_what_it_is_about(tmp_path):
     world.run(
         "base/model", "", also={"evaluation": {}, "architecture": "Qwen3ForCausalLM", "vocab_size": 9}, model="./q"
     )
-    parts = {"a": {"hub": "owner/set", "subset": "kor", "proportion": 0.25}, "b": {"path": "b.txt", "proportion": 0.75}}
-    data = {"forget": {"path": "novel.jsonl", "questions": "definitions"}, "retain": {"parts": parts}}
-    world.run("prepare/data", "", data=data)
+    read = {"forget": "novel.jsonl", "retain.parts.a": "owner/set:kor@1 (mirrored by a.txt)", "retain.parts.b": "b.txt"}
+    world.run("prepare/data", "", data={"forget": {"questions": "definitions"}}, also={"sources": read})
     world.model("unlearn/m", "m", 0.9, method={"name": "maxent"}, reference="base/model")
     world.model("undo/u", "u", 0.5, teacher="unlearn/m", noise={"alpha": 0.6, "beta": 0.1})
     text = report(world.results(), check(world.results()), [], [])
     assert "| base/model | ./q (Qwen3ForCausalLM, vocabulary 9) |" in text
-    assert "| prepare/data | 25% owner/set (kor); 75% b.txt | novel.jsonl, questions made from it | - |" in text
+    retained = "owner/set:kor@1 (mirrored by a.txt); b.txt"
+    assert f"| prepare/data | {retained} | novel.jsonl, questions made from it | - |" in text
     assert (
         "No robustness: m, u: no oracle of its seed (a model that never saw the forget data) has been attacked." in text
     )
