@@ -1,4 +1,4 @@
-"""What a report is about: its models and its data, as the setting's own configs name them."""
+"""What a report is about: its models and its data, as configs and records name them."""
 
 from collections.abc import Iterable
 

@@ -131,7 +131,7 @@ class Results:
         """What a model's robustness lacks; None where it has one."""
         unlearned, oracle = self.unlearned_of(attacked), self.oracle_of(attacked)
         if isinstance(attacked.arm, Reference):
-            return "nothing was unlearned in it"
+            return "nothing was unlearned in it here"
         if oracle is None:
             return "no oracle of its seed (a model that never saw the forget data) has been attacked"
         if attacked is oracle:
