@@ -46,7 +46,7 @@ def unlearning_tradeoff(results: Results) -> "Figure | Missing":
                     style,
                     color=COLORS[role],
                     linewidth=2.6 if thick else 1.2,
-                    alpha=0.3 + 0.7 * rank / max(1, len(members) - 1) if len(members) > 1 else 1,
+                    alpha=0.3 + 0.7 * rank / (len(members) - 1) if len(members) > 1 else 1,
                 )
         axis.set_title(f"{results.look(members[0].arm).title}\n{_rates(members)}", fontsize=8)
         axis.set_xlabel("unlearning steps", fontsize=8)
@@ -64,9 +64,8 @@ def _rates(members: Sequence[Result]) -> str:
     rates = [f"{run.config['training']['learning_rate']:g}" for run in members]
     if len(rates) == 1:
         return f"learning rate {rates[0]}"
-    return (
-        f"rates, light to dark: {', '.join(rates) if len(rates) < 5 else f'{rates[0]} to {rates[-1]} ({len(rates)})'}"
-    )
+    listed = ", ".join(rates) if len(rates) < 5 else f"{rates[0]} to {rates[-1]} ({len(rates)})"
+    return f"rates, light to dark: {listed}"
 
 
 def _is_shown(run: Result, results: Results) -> bool:
