@@ -26,7 +26,7 @@ from undo.experiments.choose import select
 from undo.experiments.hyperparameters import hyperparameters
 from undo.experiments.plan import PlannedRun, find_configs, plan, sources
 from undo.experiments.points import FILE, searches
-from undo.results.results import Result
+from undo.results.attacked import Result
 from undo.results.selection import Point, across_the_frontier, as_raw
 from undo.settings.publish import publish
 from undo.settings.stages import STAGES
