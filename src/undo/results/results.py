@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any, Final
 
 from undo.config.mistakes import ConfigError
+from undo.config.schema import Raw
 from undo.results.arms import Arm, Oracle, Reference, Undo, Unlearned, arm_of, method_of
 from undo.results.attacked import Attacked, Result
 from undo.results.labels import distinct
