@@ -6,7 +6,7 @@ Texts are strings, for which a tokenizer is needed, or documents as token ids.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from undo.attacks.relearn import BROKEN
+from undo.config.mistakes import ConfigError
 from undo.config.schema import Execution, Role, Training
 from undo.corrupt import Noise
 from undo.data.rows import PackedDocuments
 from undo.data.stream import MixedStream
 from undo.evaluate.evaluator import Measured
 from undo.lm import place as placing
+from undo.lm.disk import require_finite
 from undo.lm.tokens import Tokens, collate, enclosed
 from undo.losses import cross_entropy, forward_kl
 from undo.results.results import Results, worst_case
@@ -197,7 +200,8 @@ def relearn(
 
     measured_on: held-out forget texts whose cross entropy makes the curve; None: the texts themselves. measure: instead
     of it, a function of the model that is being attacked; then `higher_is_better` and `unit` say what it returns.
-    options: see `finetune`. A rate at which the loss is not finite ends early: it is an outcome, not an error.
+    options: see `finetune`. A rate at which the loss is not finite ends early: it is an outcome, not an error. Raises
+    ConfigError if it is not finite before any update, which is no rate's doing.
     """
     curves: dict[float, dict[int, float]] = {}
     options = {"warmup_steps": 1, **options}
@@ -205,19 +209,23 @@ def relearn(
     for rate in rates:
         copy = _copy(model)
         recorder = InMemory(steps, title and f"{title}, rate {rate:g}")
-        with _placed(copy), suppress(Diverged):
-            _train(
-                copy,
-                _likelihood(copy),
-                {"forget": texts},
-                tokenizer,
-                steps,
-                rate,
-                recorder,
-                measure=measure or {"forget": texts if measured_on is None else measured_on},
-                evaluate_every=evaluate_every,
-                **options,
-            )
+        with _placed(copy):
+            try:
+                _train(
+                    copy,
+                    _likelihood(copy),
+                    {"forget": texts},
+                    tokenizer,
+                    steps,
+                    rate,
+                    recorder,
+                    measure=measure or {"forget": texts if measured_on is None else measured_on},
+                    evaluate_every=evaluate_every,
+                    **options,
+                )
+            except Diverged as diverged:
+                if diverged.step == 0:
+                    raise ConfigError(BROKEN.format("the model")) from None
         curves[rate] = {int(line["step"]): line["forget"] for line in recorder.records if "forget" in line}
     return Relearned(curves, higher_is_better, unit)
 
@@ -240,7 +248,11 @@ def read_results(runs: str | Path, setting: str) -> Results:
 
 
 def _copy(model: PreTrainedModel) -> PreTrainedModel:
-    """fp32 master weights, without dropout: a gradient here is a function of the batch."""
+    """fp32 master weights, without dropout: a gradient here is a function of the batch.
+
+    Raises ConfigError for NaN or infinity among them.
+    """
+    require_finite("the model", model)
     return deepcopy(model).float().eval().requires_grad_(True)
 
 

@@ -1,6 +1,8 @@
 """Models from and to Hugging Face folders, fresh ones from a config, and their shape without their weights."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import cast
@@ -12,23 +14,56 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from undo.config.mistakes import ConfigError
 from undo.lm.read import blocks
 from undo.lm.shape import CountedShape
+from undo.lm.weights import require_fit, weight_files
 
 
-def load(folder: Path) -> PreTrainedModel:
+def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
     """fp32 master weights from a Hugging Face folder (safetensors only), whatever the folder's own precision.
 
-    Without dropout, whatever the folder's config says: a gradient here is a function of the batch.
+    dtype: another precision; None: the folder's own. Without dropout, whatever the folder's config says: a gradient
+    here is a function of the batch. Raises ConfigError for weights that are not all of the model, and for NaN or
+    infinity among them.
     """
-    if not (folder / "model.safetensors").exists() and not list(folder.glob("model-*.safetensors")):
-        raise ConfigError(f"{folder}: holds no model.safetensors; only safetensors are loaded")
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=read_config(folder),
-        dtype=torch.float32,
-        attn_implementation="eager",
-        local_files_only=True,
-        use_safetensors=True,
-    ).eval()
+    weight_files(folder)
+    try:
+        with _without_its_report():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=read_config(folder),
+                dtype=dtype or "auto",
+                attn_implementation="eager",
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"{folder}: cannot be loaded ({str(error).strip().splitlines()[0][:200]})") from error
+    require_fit(folder, report)
+    require_finite(folder, model)
+    return model.eval()
+
+
+@contextmanager
+def _without_its_report() -> Iterator[None]:
+    """The library's table of weights that do not fit: we raise it."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def require_finite(what: Path | str, model: nn.Module) -> None:
+    """Raises ConfigError for NaN or infinity among the weights: such a model is broken before anything is done to it.
+
+    A sum is finite only if all its terms are, and takes no memory.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.detach().sum(dtype=torch.float32).isfinite() and not weight.detach().isfinite().all():
+            raise ConfigError(f"{what}: {name} holds NaN or infinity; the model is broken, take another checkpoint")
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

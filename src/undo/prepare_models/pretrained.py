@@ -7,6 +7,7 @@ from typing import Any
 from undo.config.mistakes import ConfigError
 from undo.config.schema import StageConfig
 from undo.lm.shape import Shape
+from undo.lm.weights import weight_files
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 from undo.train.stage import Stage
@@ -22,6 +23,7 @@ class Base(StageConfig):
     def check(self) -> None:
         if is_local(self.model):
             read_config(Path(self.model))
+            weight_files(Path(self.model).expanduser())
 
 
 def is_local(model: str) -> bool:
@@ -48,11 +50,12 @@ def known_shape(model: str) -> Shape | None:
 
 
 def fetch(cfg: Base, run: Run) -> None:
-    """Leave a link to the model's folder in the run. The weights stay where they are."""
+    """Leave a link to the model's folder in the run, once it loads. The weights stay where they are."""
+    from undo.lm.disk import load
+
     folder = Path(cfg.model).expanduser().resolve() if is_local(cfg.model) else download(cfg.model)
     facts = read_config(folder)
-    if not list(folder.glob("*.safetensors")):
-        raise ConfigError(f"{folder}: holds no .safetensors; only safetensors are loaded")
+    load(folder, None)  # or refused here, rather than in the stages that start from it
     run.model.unlink(missing_ok=True)
     run.model.symlink_to(folder)
     run.finish(source=str(folder), architecture=facts["architectures"][0], vocab_size=facts["vocab_size"])
