@@ -20,12 +20,13 @@ from undo.attacks.relearn import BROKEN
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Execution, Role, Training
 from undo.corrupt import Noise
+from undo.data.documents import family_ends
 from undo.data.rows import PackedDocuments
 from undo.data.stream import MixedStream
 from undo.evaluate.evaluator import Measured
 from undo.lm import place as placing
 from undo.lm.disk import require_finite
-from undo.lm.tokens import Tokens, collate, enclosed
+from undo.lm.tokens import Tokens, collate
 from undo.losses import cross_entropy, forward_kl
 from undo.results.results import Results, worst_case
 from undo.runs.directory import Diverged
@@ -279,14 +280,15 @@ def _rows(
     texts: Texts, tokenizer: "PreTrainedTokenizerBase | None", model: PreTrainedModel, options: Mapping[str, Any]
 ) -> PackedDocuments:
     """Documents as the prepare stage encloses and packs them. Raises TypeError for strings without a tokenizer."""
+    ends = None if tokenizer is None else family_ends(tokenizer)
     documents = []
     for text in texts:
         if not isinstance(text, str):
             documents.append(np.asarray(text, dtype=np.uint32))
-        elif tokenizer is None:
+        elif tokenizer is None or ends is None:
             raise TypeError("these texts are strings: give the model's tokenizer, too")
         else:
-            documents.append(enclosed(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer))
+            documents.append(ends.enclose(tokenizer(text, add_special_tokens=False)["input_ids"]))
     return PackedDocuments(documents, options.get("length", 256), model.config.vocab_size)
 
 

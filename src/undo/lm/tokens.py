@@ -1,6 +1,6 @@
 """What a language model reads: a batch of packed rows, and how documents are laid into one."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Self
@@ -9,7 +9,6 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 
 IGNORE: Final = -100  # the label of a position without a target
@@ -121,12 +120,6 @@ def check_tokens(tokens: object) -> None:
         raise TypeError(
             f"this needs a Tokens, not a {type(tokens).__name__}; make one with Tokens.of(input_ids, attention_mask)"
         )
-
-
-def enclosed(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
-    """<bos> ids <eos> of one document, uint32 [tokens]; without what the model's family does not have."""
-    ends = [[] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
-    return np.array([*ends[0], *ids, *ends[1]], dtype=np.uint32)
 
 
 def collate(rows: Iterable[list[np.ndarray]], length: int | None = None) -> Tokens:

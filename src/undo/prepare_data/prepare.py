@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+    from undo.data.documents import Ends
     from undo.data.store import TokenStore
 
 TEXTS_AT_ONCE, CHARACTERS_AT_ONCE = 4096, 8_000_000
@@ -56,6 +57,8 @@ class Prepare(StageConfig):
         None  # str: a folder or a hub id
     )
     tokenizer_from: RunName | None = None  # instead: another prepare run's
+    add_bos: bool | None = None  # a token before each document; None: as the tokenizer's family has it
+    add_eos: bool | None = None  # a token behind each document; None: where the tokenizer has one
     length: Count  # tokens in a row
     shortest: Count = 50  # shorter documents of text are dropped (Appendix A)
     validation_share: Share = 5e-4  # of the documents of text
@@ -102,14 +105,20 @@ def prepare(cfg: Prepare, run: Run) -> None:
     if problems:
         write_atomically(run.folder / "problems.jsonl", "".join(json.dumps(asdict(p)) + "\n" for p in problems))
     tokenizer, vocab_size = make_tokenizer(cfg, (p.text for p in problems), run)
+    ends = document_ends(cfg, tokenizer, run)
     stores: dict[str, TokenStore] = {}
     for role in ROLES:
         if role in cfg.data:
-            made = split_text(cfg, role, tokenizer, vocab_size, run.folder)
+            made = split_text(cfg, role, tokenizer, ends, vocab_size, run.folder)
         elif cfg.world is not None and role in OPERATIONS:
             held_out = (p.text for p in problems if p.role == role and p.seen)
             made = [
-                store(documents(texts, tokenizer, f"{part}/{role}"), run.folder / part / role, cfg.length, vocab_size)
+                store(
+                    documents(texts, tokenizer, ends, f"{part}/{role}"),
+                    run.folder / part / role,
+                    cfg.length,
+                    vocab_size,
+                )
                 for part, texts in (("train", (p.text for p in cfg.world.train(role))), ("validation", held_out))
             ]
         else:
@@ -117,6 +126,8 @@ def prepare(cfg: Prepare, run: Run) -> None:
         stores |= {f"{part}/{role}": s for part, s in zip(("train", "validation"), made, strict=True)}
     run.finish(
         vocab_size=vocab_size,
+        bos=ends.bos,
+        eos=ends.eos,
         tokens={name: store.tokens for name, store in stores.items()},
         fill={name: round(store.tokens / (len(store) * store.length), 4) for name, store in stores.items()},
     )
@@ -147,6 +158,19 @@ def make_tokenizer(cfg: Prepare, problems: Iterable[str], run: Run) -> "tuple[Pr
     return tokenizer, max(len(tokenizer), configured)
 
 
+def document_ends(cfg: Prepare, tokenizer: "PreTrainedTokenizerBase", run: Run) -> "Ends":
+    """What encloses each document. With another prepare run's tokenizer it is that run's, unless the config says."""
+    from undo.data.documents import Ends, family_ends, recorded_ends
+
+    ends = family_ends(tokenizer, cfg.add_bos, cfg.add_eos)
+    if cfg.tokenizer_from is not None:
+        theirs = recorded_ends(run.sibling(cfg.tokenizer_from), tokenizer)
+        ends = Ends(theirs.bos if cfg.add_bos is None else ends.bos, theirs.eos if cfg.add_eos is None else ends.eos)
+    names = ["nothing" if token is None else repr(tokenizer.decode([token])) for token in ends]
+    print("documents begin with {} and end with {}".format(*names), flush=True)
+    return ends
+
+
 def generated(cfg: Prepare) -> Iterator[str]:
     """The training texts of the world, if there is one."""
     return (p.text for role in OPERATIONS for p in cfg.world.train(role)) if cfg.world else iter(())
@@ -161,7 +185,7 @@ def beginning(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def split_text(
-    cfg: Prepare, role: Role, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, folder: Path
+    cfg: Prepare, role: Role, tokenizer: "PreTrainedTokenizerBase", ends: "Ends", vocab_size: int, folder: Path
 ) -> "list[TokenStore]":
     """Stores of training and validation text, split by document in one reading.
 
@@ -194,7 +218,7 @@ def split_text(
             return
         again = min(read, 1)  # the last document that an earlier attempt read: is it still where it was?
         texts = islice(source.texts(), read - again, None)
-        found = documents(texts, tokenizer, f"train/{role}", source.tokens, read - again, tokens)
+        found = documents(texts, tokenizer, ends, f"train/{role}", source.tokens, read - again, tokens)
         if again and zlib.crc32(next(found, np.zeros(0)).tobytes()) != last:
             raise ConfigError(
                 f"data.{role}: the text has changed since it was read in part; its document {read:,} is another one\n"
@@ -246,6 +270,7 @@ def store(
 def documents(
     texts: Iterable[str],
     tokenizer: "PreTrainedTokenizerBase",
+    ends: "Ends",
     label: str,
     budget: int | None = None,
     count: int = 0,
@@ -260,21 +285,22 @@ def documents(
     import numpy as np
 
     from undo.data.store import batched
-    from undo.lm.tokens import MARK, enclosed
+    from undo.lm.tokens import MARK
 
+    around = sum(token is not None for token in ends)
     begin, before = time.monotonic(), tokens
     for some in batched(texts, TEXTS_AT_ONCE, CHARACTERS_AT_ONCE):
         encoded = tokenizer(some, add_special_tokens=False)["input_ids"]
-        count, tokens = count + len(encoded), tokens + sum(map(len, encoded)) + 2 * len(encoded)
+        count, tokens = count + len(encoded), tokens + sum(map(len, encoded)) + around * len(encoded)
         speed = (tokens - before) / max(time.monotonic() - begin, 1e-9)
         of = "" if budget is None else f" of {budget:,} ({min(1, tokens / budget):.0%})"
         print(f"{label}: {count:,} documents, {tokens:,}{of} tokens, {speed:,.0f} tokens/s", flush=True)
         pairs = [text.other for text in some if isinstance(text, Paired)]
         others: Iterator[list[int]] = iter(tokenizer(pairs, add_special_tokens=False)["input_ids"] if pairs else [])
         for text, ids in zip(some, encoded, strict=True):
-            made = enclosed(ids, tokenizer)
+            made = ends.enclose(ids)
             if isinstance(text, Paired):
-                other = enclosed(next(others), tokenizer)
+                other = ends.enclose(next(others))
                 shared = min(len(made), len(other))
                 differs = np.ones(len(made), dtype=bool)
                 differs[:shared] = made[:shared] != other[:shared]

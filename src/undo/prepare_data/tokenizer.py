@@ -19,14 +19,14 @@ PIECE: Final = r" ?\d+| ?[A-Za-z]+| ?[^A-Za-z\d\s]"
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """A tokenizer from a folder or the hub. Raises ConfigError if it is missing, gated, or without BOS or EOS."""
+    """A tokenizer from a folder or the hub. Raises ConfigError if it is missing or gated."""
     from huggingface_hub.errors import GatedRepoError
     from transformers import AutoTokenizer
 
     from undo.config.secrets import find_token
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, token=find_token("hf_token.txt", "HF_TOKEN"))
+        return AutoTokenizer.from_pretrained(name, token=find_token("hf_token.txt", "HF_TOKEN"))
     except (OSError, ValueError) as error:
         if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
             raise ConfigError(
@@ -37,9 +37,6 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
             f"tokenizer {name!r} is neither a folder with a tokenizer nor a hub id that can be reached\n"
             f"give another one with tokenizer=<path>; a gated one needs a token in tokens/hf_token.txt"
         ) from None
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise ConfigError(f"tokenizer {name!r} has no token for the beginning or the end of a document")
-    return tokenizer
 
 
 def train_byte_pairs(texts: Iterable[str], vocab_size: int, folder: Path, split_digits: bool = True) -> None:
