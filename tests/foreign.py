@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 from tests.conftest import lively
 from undo.lm import disk
@@ -30,14 +30,16 @@ def tokenizer_without_bos(texts: list[str] | None = None, size: int = 300) -> Pr
     return wrapped
 
 
-def qwen(folder: Path, texts: list[str] | None = None, **changes: object) -> PreTrainedModel:
+def qwen(
+    folder: Path, texts: list[str] | None = None, kind: type[PreTrainedConfig] = Qwen2Config, **changes: object
+) -> PreTrainedModel:
     """Logits 20 wider than the tokenizer, an untied head, bf16 in several files, a generation config that transformers
-    reads but would not write. The model as it was saved, in fp32."""
+    reads but would not write; of a Qwen-2, or another `kind`. The model as it was saved, in fp32."""
     tokenizer = tokenizer_without_bos(texts)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     values = {"vocab_size": len(tokenizer) + 20, "num_key_value_heads": 2, "max_position_embeddings": 512, **sizes}
     values |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None, **changes}
-    model = lively(disk.fresh(Qwen2Config(**values), 0)).bfloat16()
+    model = lively(disk.fresh(kind(**values), 0)).bfloat16()
     model.save_pretrained(folder, max_shard_size="40KB")
     tokenizer.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps(GENERATION, indent=4) + "\n")

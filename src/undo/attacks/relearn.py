@@ -27,6 +27,10 @@ class Relearn(TrainingStage):
     noise: Noise | None = None  # applied before the first step
     save_model: bool = False
 
+    @property
+    def leaves_model(self) -> bool:
+        return self.save_model
+
     def streams(self) -> Mapping[str, Mixture]:
         return {"train": self.mixture}
 
@@ -47,7 +51,7 @@ def relearn(cfg: Relearn, run: Run) -> None:
         run.finish(outcome="diverged", steps=diverged.step)
         return
     if cfg.save_model:
-        keep(model, cfg, run)
+        keep(model, cfg, run, cfg.model)
     run.finish(outcome="finished", **facts)
 
 

@@ -65,7 +65,7 @@ class StoreWriter:
         self._progress = self._partial / "progress.json"
         found = json.loads(self._progress.read_text()) if self._progress.exists() else None
         self.state: dict[str, Any] | None = found and found["state"]
-        self.tokens, self._pieces, self._rows = found["written"] if found else (0, 0, 0)
+        self.tokens, self._pieces, self._rows, self._largest = found["written"] if found else (0, 0, 0, 0)
         kept = (self.tokens * self.width, 8 * (self._pieces + 1), 8 * (self._rows + 1)) if found else (0, 0, 0)
         for name, size in zip(FILES, kept, strict=True):
             with open(self._partial / name, "ab") as file:
@@ -91,11 +91,13 @@ class StoreWriter:
             self.tokens += len(tokens)
             self._pieces += len(order)
             self._rows += len(bins)
-        written = [self.tokens, self._pieces, self._rows]
+            self._largest = max(self._largest, int(largest))
+        written = [self.tokens, self._pieces, self._rows, self._largest]
         write_atomically(self._progress, json.dumps({"written": written, "state": state}))
 
     def finish(self) -> "TokenStore":
         facts = {"length": self.length, "vocab_size": self.vocab_size, "width": self.width, "paired": self.paired}
+        facts |= {"largest": self._largest}
         write_atomically(self._partial / "store.json", json.dumps(facts))
         self._partial.rename(self.folder)
         (self.folder / self._progress.name).unlink(missing_ok=True)
@@ -153,6 +155,7 @@ class TokenStore:
         facts = json.loads((folder / "store.json").read_text())
         self.length: int = facts["length"]
         self.vocab_size: int = facts["vocab_size"]
+        self.largest: int = facts.get("largest", self.vocab_size - 1)  # token in it
         self.paired: bool = facts.get("paired", False)  # whether its documents are marked
         self._width: int = facts["width"]
         self._pieces = np.memmap(folder / "pieces.bin", dtype="<i8", mode="r")

@@ -30,8 +30,11 @@ class DistillingStage(TrainingStage):
         return 4 * model.forward_flops(length)  # forward and backward of the student, forward of the teacher
 
 
-def distill(cfg: DistillingStage, run: Run, student: "PreTrainedModel") -> None:
-    """Train `student` on the teacher's outputs until the threshold or the last step; save it and finish the run."""
+def distill(cfg: DistillingStage, run: Run, student: "PreTrainedModel", like: RunName) -> None:
+    """Train `student` on the teacher's outputs until the threshold or the last step; save it and finish the run.
+
+    like: the run whose tokenizer and generation config it keeps.
+    """
     from undo.lm.place import freeze
     from undo.lm.read import head
     from undo.losses import forward_kl
@@ -49,5 +52,5 @@ def distill(cfg: DistillingStage, run: Run, student: "PreTrainedModel") -> None:
     facts: dict[str, Any] = fit(
         cfg, run, student, lambda batch: {"kl": forward_kl(student, teacher, batch["train"])}, stop=close_enough
     )
-    keep(student, cfg, run)
+    keep(student, cfg, run, like)
     run.finish(**facts, reached_threshold=close_enough(facts["evaluation"]))

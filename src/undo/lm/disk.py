@@ -5,16 +5,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from undo.config.mistakes import ConfigError
 from undo.lm.read import blocks
 from undo.lm.shape import CountedShape
+from undo.lm.vocabulary import copy_tokenizer
 from undo.lm.weights import require_fit, weight_files
+
+GENERATION: Final = "generation_config.json"
 
 
 def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
@@ -121,16 +124,36 @@ def read_shape(folder: Path) -> CountedShape:
     return shape(skeleton(folder))
 
 
-def save(model: nn.Module, tokenizer_folder: Path, folder: Path, weights: "Mapping[str, Tensor] | None" = None) -> None:
+def save(
+    model: PreTrainedModel,
+    tokenizer_folder: Path,
+    folder: Path,
+    weights: "Mapping[str, Tensor] | None" = None,
+    *,
+    like: Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """A folder that AutoModelForCausalLM and AutoTokenizer load. It appears only when it is complete.
 
-    `weights` are the model's, by name, where it does not hold them whole.
+    The tokenizer's files are copied as they are, and so is the generation config of the model folder `like`. `weights`
+    are the model's, by name, where it does not hold them whole. dtype: of the weights in the files, to which the model
+    itself may be changed; None: as they are.
     """
     import shutil
 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(tokenizer_folder, partial)
-    model.save_pretrained(partial, state_dict=weights)  # pyright: ignore[reportCallIssue]
+    copy_tokenizer(tokenizer_folder, partial)
+    dtype = dtype or model.dtype
+    if weights is None:
+        nn.Module.to(model, dtype)
+    else:
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    model.generation_config = GenerationConfig.from_model_config(model.config)  # the library refuses to write some
+    model.save_pretrained(partial, state_dict=weights)
+    model.config.dtype = dtype
+    model.config.save_pretrained(partial)
+    if like is not None and (like / GENERATION).exists():
+        shutil.copyfile(like / GENERATION, partial / GENERATION)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

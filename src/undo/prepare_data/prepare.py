@@ -18,7 +18,7 @@ from undo.config.schema import ROLES, Count, Frozen, Role, RunName, Share, Stage
 from undo.data.problems import OPERATIONS
 from undo.prepare_data.arithmetic import ArithmeticWorld
 from undo.prepare_data.text import Paired, Source
-from undo.prepare_data.tokenizer import load_tokenizer, train_byte_pairs, train_words
+from undo.prepare_data.tokenizer import fetch_tokenizer, load_tokenizer, train_byte_pairs, train_words
 from undo.runs.run import Run
 from undo.train.stage import Stage
 
@@ -142,11 +142,12 @@ def make_tokenizer(cfg: Prepare, problems: Iterable[str], run: Run) -> "tuple[Pr
         configured = cfg.tokenizer.vocab_size
     if not folder.exists():
         partial = folder.with_name("tokenizer.partial")
+        shutil.rmtree(partial, ignore_errors=True)
         match cfg.tokenizer:
             case None:
-                load_tokenizer(str(run.sibling(cfg.tokenizer_from or "").folder / "tokenizer")).save_pretrained(partial)
+                shutil.copytree(run.sibling(cfg.tokenizer_from or "").folder / "tokenizer", partial)
             case str() as name:
-                load_tokenizer(name).save_pretrained(partial)
+                fetch_tokenizer(name, partial)
             case WordTokenizer():
                 train_words(chain(generated(cfg), problems), configured, partial)
             case BytePairTokenizer(characters=characters, split_digits=split_digits):

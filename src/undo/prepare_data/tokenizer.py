@@ -25,6 +25,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
     from undo.config.secrets import find_token
 
+    if Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser())
     try:
         return AutoTokenizer.from_pretrained(name, token=find_token("hf_token.txt", "HF_TOKEN"))
     except (OSError, ValueError) as error:
@@ -37,6 +39,21 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
             f"tokenizer {name!r} is neither a folder with a tokenizer nor a hub id that can be reached\n"
             f"give another one with tokenizer=<path>; a gated one needs a token in tokens/hf_token.txt"
         ) from None
+
+
+def fetch_tokenizer(name: str, folder: Path) -> None:
+    """Copy a tokenizer from a folder or the hub, byte for byte. Raises ConfigError as `load_tokenizer` does."""
+    from huggingface_hub import snapshot_download
+
+    from undo.config.secrets import find_token
+    from undo.lm.vocabulary import FILES, copy_tokenizer
+
+    load_tokenizer(name)
+    source = Path(name).expanduser()
+    if not source.is_dir():
+        token = find_token("hf_token.txt", "HF_TOKEN")
+        source = Path(snapshot_download(name, token=token, allow_patterns=[*FILES, "config.json"]))
+    copy_tokenizer(source, folder)
 
 
 def train_byte_pairs(texts: Iterable[str], vocab_size: int, folder: Path, split_digits: bool = True) -> None:

@@ -55,10 +55,15 @@ def fetch(cfg: Base, run: Run) -> None:
 
     folder = Path(cfg.model).expanduser().resolve() if is_local(cfg.model) else download(cfg.model)
     facts = read_config(folder)
-    load(folder, None)  # or refused here, rather than in the stages that start from it
+    model = load(folder, None)  # or refused here, rather than in the stages that start from it
     run.model.unlink(missing_ok=True)
     run.model.symlink_to(folder)
-    run.finish(source=str(folder), architecture=facts["architectures"][0], vocab_size=facts["vocab_size"])
+    run.finish(
+        source=str(folder),
+        architecture=facts["architectures"][0],
+        vocab_size=facts["vocab_size"],
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
