@@ -4,7 +4,7 @@ Positions keep packed documents apart, not these tokens: a family without a begi
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -35,16 +35,14 @@ def family_ends(tokenizer: "PreTrainedTokenizerBase", add_bos: bool | None = Non
     whoever makes the rows. add_bos, add_eos: say otherwise. Raises ConfigError where they ask for a token that is not
     there.
     """
-    for key, wanted, token in (
-        ("add_bos", add_bos, tokenizer.bos_token_id),
-        ("add_eos", add_eos, tokenizer.eos_token_id),
-    ):
+    bos, eos = cast(tuple[int | None, int | None], (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    for key, wanted, token in (("add_bos", add_bos, bos), ("add_eos", add_eos, eos)):
         if wanted and token is None:
             end = "beginning" if key == "add_bos" else "end"
             raise ConfigError(f"{key}=true, but the tokenizer has no token for the {end} of a document; leave it out")
     if add_bos is None:
-        add_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return Ends(tokenizer.bos_token_id if add_bos else None, None if add_eos is False else tokenizer.eos_token_id)
+        add_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return Ends(bos if add_bos else None, None if add_eos is False else eos)
 
 
 def recorded_ends(data: RunDirectory, tokenizer: "PreTrainedTokenizerBase") -> Ends:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> PreTrainedM
     weight_files(folder)
     try:
         with _without_its_report():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=read_config(folder),
                 dtype=dtype or "auto",
@@ -42,6 +42,7 @@ def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> PreTrainedM
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"{folder}: cannot be loaded ({str(error).strip().splitlines()[0][:200]})") from error
+    model, report = loaded
     require_fit(folder, report)
     require_finite(folder, model)
     return model.eval()

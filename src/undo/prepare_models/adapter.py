@@ -25,7 +25,7 @@ def model_under(folder: Path, given: str | None) -> str:
         raise ConfigError(f"model: {folder / ADAPTER} is not the config of an adapter") from None
     if kind != "LORA":
         raise ConfigError(
-            f"model: {folder} is an adapter of the kind {kind}; only LoRA is merged here: merge it yourself"
+            f"model: {folder} is an adapter of the kind {kind}; only LoRA is merged here, so merge it first"
         )
     if importlib.util.find_spec("peft") is None:
         raise ConfigError(
@@ -35,7 +35,7 @@ def model_under(folder: Path, given: str | None) -> str:
     if given is None and not (name and Path(name).expanduser().is_dir()):
         raise ConfigError(
             f"model: {folder} is a LoRA adapter of {name or 'a model without a name'}, which is no folder here\n"
-            f"give that model with base_model=<folder or hub id>"
+            f"give that model with base.base_model=<folder or hub id> (run_base.py: without `base.`)"
         )
     return given or name
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import StageConfig
@@ -12,9 +12,6 @@ from undo.prepare_models.adapter import merged, model_under
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 from undo.train.stage import Stage
-
-if TYPE_CHECKING:
-    import torch
 
 WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")  # all of a model folder that is ever read
 
@@ -76,7 +73,7 @@ def fetch(cfg: Base, run: Run) -> None:
         dtype = merge(folder, located(model_under(folder, cfg.base_model)), run)
     else:
         read_config(folder)
-        dtype = load(folder, None).dtype  # or refused here, rather than in the stages that start from it
+        dtype = str(load(folder, None).dtype)  # or refused here, rather than in the stages that start from it
         run.model.unlink(missing_ok=True)
         run.model.symlink_to(folder)
     facts = read_config(run.model)
@@ -84,7 +81,7 @@ def fetch(cfg: Base, run: Run) -> None:
         source=str(folder),
         architecture=facts["architectures"][0],
         vocab_size=facts["vocab_size"],
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype.removeprefix("torch."),
     )
 
 
@@ -93,20 +90,18 @@ def located(model: str) -> Path:
     return Path(model).expanduser().resolve() if is_local(model) else download(model)
 
 
-def merge(adapter: Path, under: Path, run: Run) -> "torch.dtype":
+def merge(adapter: Path, under: Path, run: Run) -> str:
     """Leave an adapter's model in the run, in fp32, with the adapter's tokenizer if it has one -> the dtype it came in.
 
     Rounded to the base model's dtype, small changes would be lost.
     """
-    import torch
-
     from undo.lm.disk import read_config as library_config
     from undo.lm.disk import save
     from undo.lm.vocabulary import tokenizer_files
 
     read_config(under)
     save(merged(adapter, under), adapter if tokenizer_files(adapter) else under, run.model, like=under)
-    return library_config(under).dtype or torch.float32
+    return str(library_config(under).dtype or "float32")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
