@@ -26,6 +26,7 @@ from undo.data.stream import MixedStream
 from undo.evaluate.evaluator import Measured
 from undo.lm import place as placing
 from undo.lm.disk import require_finite
+from undo.lm.read import head
 from undo.lm.tokens import Tokens, collate
 from undo.losses import cross_entropy, forward_kl
 from undo.results.results import Results, worst_case
@@ -103,18 +104,21 @@ def distill(
     """A copy of `student`, trained on the teacher's outputs over unlabelled `texts` by KL(teacher || student).
 
     within: stop at the first check, after every `check_every` steps, at which the cross entropy on `retain` is within
-    this share of the teacher's (the paper: 0.05); None: train for all steps. options: see `finetune`. Raises ValueError
-    for `within` without `retain`, ConfigError for models of different vocabularies.
+    this share of the teacher's (the paper: 0.05); None: train for all steps. options: see `finetune`. With a tokenizer,
+    models that are padded to different widths have one vocabulary. Raises ValueError for `within` without `retain`,
+    ConfigError for models of different vocabularies.
     """
     if within is not None and retain is None:
         raise ValueError("within compares student and teacher on `retain`: give some retain texts")
     copy, frozen = _copy(student), placing.freeze(_copy(teacher))
+    least = min(len(head(model).weight) for model in (student, teacher))
+    vocabulary = least if tokenizer is not None and len(tokenizer) <= least else None
     with _placed(copy), _placed(frozen):
         target = None if within is None else _nats(frozen, _rows(retain or (), tokenizer, copy, options))
         recorder = InMemory(steps, options.pop("title", "distill"))
         _train(
             copy,
-            lambda batch: {"kl": forward_kl(copy, frozen, batch["retain"])},
+            lambda batch: {"kl": forward_kl(copy, frozen, batch["retain"], vocabulary)},
             {"retain": texts},
             tokenizer,
             steps,

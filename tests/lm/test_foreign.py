@@ -12,8 +12,9 @@ from tests.foreign import GENERATION, TEXT, qwen
 from undo.attacks.relearn import Relearn, relearn
 from undo.config.mistakes import ConfigError
 from undo.config.schema import as_raw, validate
+from undo.distill.unlearn_and_distill import Distill, start
 from undo.lm import disk
-from undo.lm.vocabulary import same_tokens, tokenizer_files
+from undo.lm.vocabulary import same_tokens, shared_width, tokenizer_files
 from undo.prepare_data.prepare import Prepare, prepare
 from undo.prepare_models.pretrained import Base, fetch
 from undo.runs.run import Run
@@ -123,6 +124,23 @@ def test_data_of_another_tokenizer_are_refused(world):
     execute(world, "base/other", config, fetch)
     with pytest.raises(ConfigError, match="prepare/data was prepared with another tokenizer than that of base/other"):
         attacked(world, "foreign", model="base/other")
+
+
+def test_a_teacher_and_a_student_of_one_vocabulary_may_be_padded_differently(world):
+    qwen(world / "padded", vocab_size=340)
+    execute(world, "base/padded", validate(Base, {"name": "padded", "model": str(world / "padded")}, "test"), fetch)
+    assert shared_width(world / "qwen", world / "padded", (320, 340)) == 320
+    assert shared_width(world / "qwen", world / "padded", (290, 340)) is None  # a token has no logit
+    assert shared_width(world / "qwen", world, (320, 340)) is None  # nobody knows its tokens
+    assert shared_width(world, world, (320, 320)) == 320
+    raw = {"name": "padded", "data": "prepare/data", "teacher": attacked(world, "teacher").name, "student": "reference"}
+    raw |= {"reference": "base/padded", "mixture": {"retain": 1.0}, "training": as_raw(training(steps=1))}
+    raw |= {"evaluation": {"name": "cross_entropy"}}
+    run = execute(world, "distill/padded", validate(Distill, raw, "test"), start)
+    before, after = (tensors(folder)["lm_head.weight"].float() for folder in (world / "padded", run.model))
+    assert after.shape == (340, 32)
+    assert torch.equal(before[320:], after[320:])
+    assert not torch.equal(before[:320], after[:320])
 
 
 def test_added_tokens_are_no_other_vocabulary(world, tmp_path):

@@ -39,13 +39,26 @@ def same_tokens(one: Path, other: Path) -> bool:
 
     Where one of them has no tokenizer, nothing speaks against it.
     """
-    from transformers import AutoTokenizer
-
     if not (tokenizer_files(one) and tokenizer_files(other)):
         return True
     files = [folder / "tokenizer.json" for folder in (one, other)]
     if all(file.exists() for file in files) and filecmp.cmp(*files, shallow=False):
         return True
-    mine, theirs = (AutoTokenizer.from_pretrained(folder, local_files_only=True) for folder in (one, other))
-    ordinary = [t.get_vocab().items() - t.get_added_vocab().items() for t in (mine, theirs)]
-    return ordinary[0] == ordinary[1]
+    return ordinary_tokens(one) == ordinary_tokens(other)
+
+
+def ordinary_tokens(folder: Path) -> dict[str, int]:
+    """The tokens that a folder's tokenizer makes of text, without those that were added, and their ids."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return dict(tokenizer.get_vocab().items() - tokenizer.get_added_vocab().items())
+
+
+def shared_width(one: Path, other: Path, widths: tuple[int, int]) -> int | None:
+    """How many logits two models of these widths share. None where they differ in more than padding, or may do so."""
+    least = min(widths)
+    if widths[0] == widths[1]:
+        return least
+    known = tokenizer_files(one) and tokenizer_files(other) and same_tokens(one, other)
+    return least if known and max(ordinary_tokens(one).values()) < least else None
