@@ -18,6 +18,7 @@ from undo.lm.vocabulary import same_tokens, shared_width, tokenizer_files
 from undo.prepare_data.prepare import Prepare, prepare
 from undo.prepare_models.pretrained import Base, fetch
 from undo.runs.run import Run
+from undo.train.fit import rounded
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,16 @@ def test_rounding_is_measured(world):
     exact, rounded = (attacked(world, f"measured-{kind}", save_dtype=kind).facts for kind in ("float32", "bfloat16"))
     assert exact["evaluation"] != rounded["evaluation"]
     assert exact["evaluation"]["forget"] == pytest.approx(rounded["evaluation"]["forget"], rel=0.02)
+
+
+def test_a_weight_that_the_dtype_cannot_hold_is_refused():
+    model = disk.fresh(Qwen2Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2), 0)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e6
+    assert not rounded(model, torch.float32)
+    assert rounded(model, torch.bfloat16)
+    with pytest.raises(ConfigError, match="save_dtype=float16: a weight is too large"):
+        rounded(model, torch.float16)
 
 
 def test_data_of_another_tokenizer_are_refused(world):

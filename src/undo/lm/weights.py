@@ -42,7 +42,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if is_adapter(folder):
         names = [ADAPTER_WEIGHTS]
-    elif (folder / INDEX).exists():
+    elif (folder / INDEX).exists() and not (folder / WHOLE).exists():  # the library's order
         names = _shards(folder / INDEX)
     else:
         names = [WHOLE]

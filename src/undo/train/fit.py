@@ -100,17 +100,19 @@ def fit(
 
 
 def rounded(model: "PreTrainedModel", dtype: "torch.dtype") -> bool:
-    """Round the weights to what `dtype` can hold -> whether that changes them. Raises ConfigError for an overflow."""
+    """Round the weights to what `dtype` can hold -> whether it is another one. Raises ConfigError for an overflow."""
     import torch
 
-    from undo.lm.disk import require_finite
+    from undo.train import shard
 
     if dtype == model.dtype:
         return False
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(weight.to(dtype))
-    require_finite(f"save_dtype={str(dtype).removeprefix('torch.')}", model)
+            if not shard.whole(weight).isfinite().all():
+                name = str(dtype).removeprefix("torch.")
+                raise ConfigError(f"save_dtype={name}: a weight is too large for it; take bfloat16 or float32")
     return True
 
 
