@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     try:
         questions = validate(Questions, parse_overrides(values), "export")
         questions.check()
-        from undo.evaluate.harness import write_task
+        from undo.evaluate.tasks import write_task
 
         asked = write_task(questions, Path(folder))
     except ConfigError as error:
