@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 def plan(seeds: int, runs: Path) -> list[PlannedRun]:
     arguments = ["demo", f"sweep.seed={list(range(seeds))}", "--runs", str(runs)]
-    return planned(cli.parser("").parse_intermixed_args(arguments))[0]
+    return planned(cli.parser("", "").parse_intermixed_args(arguments))[0]
 
 
 def make(run: PlannedRun, identities: dict[str, str], rng: np.random.Generator) -> None:

@@ -116,7 +116,7 @@ def test_it_is_the_same_loop_on_the_same_batches(model):
     train(
         by_hand,
         lambda batch: {"ce": undo.losses.cross_entropy(by_hand, batch["train"])},
-        {"train": MixedStream({"forget": rows}, {"forget": 1.0}, 4, 4, 3)},
+        {"train": MixedStream({"forget": rows}, {"forget": 1.0}, 4, 3)},
         cfg,
         execution(),
         InMemory(4),

@@ -22,9 +22,10 @@ from undo.data.rows import PackedDocuments
 from undo.data.stream import MixedStream
 from undo.evaluate.evaluator import Measured
 from undo.lm import place as placing
-from undo.lm.tokens import Tokens, collate, enclosed
+from undo.lm.tokens import Tokens, collate, enclosed, token_ids
 from undo.losses import cross_entropy, forward_kl
-from undo.results.results import Results, worst_case
+from undo.results.attacked import worst_case
+from undo.results.results import Results
 from undo.runs.directory import Diverged
 from undo.runs.ranks import this_process
 from undo.settings import publish
@@ -275,7 +276,7 @@ def _rows(
         elif tokenizer is None:
             raise TypeError("these texts are strings: give the model's tokenizer, too")
         else:
-            documents.append(enclosed(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer))
+            documents.append(enclosed(token_ids([text], tokenizer)[0], tokenizer))
     return PackedDocuments(documents, options.get("length", 256), model.config.vocab_size)
 
 
@@ -326,7 +327,7 @@ def _train(
         )
     )
     streams = {
-        role: MixedStream({role: rows}, {role: 1.0}, batch_rows, steps, seed + index)
+        role: MixedStream({role: rows}, {role: 1.0}, batch_rows, seed + index)
         for index, (role, rows) in enumerate(every.items())
     }
     validation = (

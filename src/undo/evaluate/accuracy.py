@@ -5,13 +5,12 @@ one forward pass over prompt + answer + <eos> decides what decoding token by tok
 The softcap is monotone and is left out.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from undo.config.mistakes import ConfigError
-from undo.data.problems import Problem
+from undo.data.problems import Problem, read_problems
 from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured
 from undo.runs.directory import RunDirectory
 
@@ -32,16 +31,17 @@ class Accuracy(EvaluationConfig):
 
     def load(self, data: RunDirectory, device: "torch.device") -> Evaluator:
         import numpy as np
+        import torch
         from transformers import AutoTokenizer
 
-        lines = (data.folder / "problems.jsonl").read_text().splitlines()
-        problems = [Problem(**json.loads(line)) for line in lines]
+        problems = read_problems(data.folder / "problems.jsonl", data.facts["problems"])
         tokenizer = AutoTokenizer.from_pretrained(data.folder / "tokenizer")
         subset, rest = (
             [(tokens.to(device), owner) for tokens, owner in pack_answers(problems, indices, tokenizer, self.rows)]
             for indices in self.split(len(problems))
         )
 
+        @torch.no_grad()
         def measure(model: "PreTrainedModel", full: bool) -> Measured:
             right = np.ones(len(problems), dtype=bool)
             seen = np.zeros(len(problems), dtype=bool)

@@ -105,7 +105,7 @@ def write_task(questions: Questions, folder: Path, name: str = "questions") -> l
 
     The folder holds the sample itself as JSON lines, so that the command needs neither --samples nor --num_fewshot.
     """
-    if questions.path is None:
+    if questions.task is not None:
         raise ConfigError(f"{questions.task} is a task of the harness already: lm_eval --tasks {questions.task}")
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
@@ -128,7 +128,7 @@ def build(questions: Questions) -> tuple[Group | None, list[ConfigurableTask]]:
 
     Raises ConfigError for a task that the harness does not know, cannot get, or does not measure by accuracy.
     """
-    if questions.path is not None:
+    if questions.task is None:
         config, locals_ = local_tasks(questions, "questions")
         tasks = [ConfigurableTask(config=task.config | {"custom_dataset": _in_memory(task)}) for task in locals_]
         if config is None:
@@ -299,7 +299,7 @@ class Benchmark:
                 instances = task.instances
                 encoded = InMemory(tokenizer).encode(instances)
                 if not all(request.continuation for request in encoded):
-                    raise ConfigError(f"{questions.path or questions.task}: the tokenizer has no token for a choice")
+                    raise ConfigError(f"{questions.label}: the tokenizer has no token for a choice")
                 by_doc: dict[int | None, list[int]] = {}
                 for index, instance in enumerate(instances):
                     by_doc.setdefault(instance.doc_id, []).append(index)
@@ -313,17 +313,19 @@ class Benchmark:
         return len(self.asked)
 
     @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest input."""
-        return max(len(r.context) + len(r.continuation) - 1 for asked in self.asked for r in asked.requests)
+    def longest(self) -> tuple[int, Asked]:
+        """Tokens of the longest input, and the question that it belongs to."""
+        sizes = [max(len(r.context) + len(r.continuation) - 1 for r in asked.requests) for asked in self.asked]
+        return max(sizes), self.asked[sizes.index(max(sizes))]
 
     def fits(self, model: "PreTrainedModel") -> None:
         """Raises ConfigError if a prompt is longer than the model's context; the harness would cut it on the left."""
-        most = InMemory(self.tokenizer, model).max_length
-        if self.longest > most:
+        most, (longest, asked) = InMemory(self.tokenizer, model).max_length, self.longest
+        if longest > most:
+            begin = str(asked.doc.get("question") or asked.task.doc_to_text(asked.doc)).strip()[:60]
             raise ConfigError(
-                f"{self.questions.path or self.questions.task}: a question with its {self.questions.shots} shots has "
-                f"{self.longest} tokens, the model reads {most}\nuse fewer shots, or leave it out"
+                f"{self.questions.label}: the question {begin!r} with its {self.questions.shots} "
+                f"shots has {longest} tokens, the model reads {most}\nuse fewer shots, or leave it out"
             )
 
     def ask(self, model: "PreTrainedModel", indices: Sequence[int] | None = None) -> Answered:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+from undo.config import mirror
 from undo.config.mistakes import ConfigError
 from undo.config.sweep import parse_overrides
 from undo.config.units import aligned, si
@@ -16,12 +17,18 @@ from undo.launch.local import run_jobs
 from undo.runs import precision
 from undo.train.stage import Stage, TrainingStage
 
-EXAMPLE = "example: %(prog)s demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"
+
+class Unbroken(argparse.HelpFormatter):
+    """Leaves the example in one line, which a shell can read."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example: ") else super()._fill_text(text, width, indent)
 
 
 def main(stage: Stage, stages: Mapping[str, Stage]) -> int:
     """Plan, check and launch the runs of one of `stages` -> the exit status."""
-    arguments = parser(f"The {stage.name} stage: one run for each point of configs/<setting>/{stage.name}.yaml.")
+    about = f"The {stage.name} stage: one run for each point of configs/<setting>/{stage.name}.yaml."
+    arguments = parser(about, stage.example)
 
     def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
         found = find_configs(args.config, stage.name)
@@ -47,8 +54,11 @@ def check_extra(names: Sequence[str], found: Sequence[Path]) -> None:
             )
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(description=description, epilog=EXAMPLE)
+def parser(description: str, example: str) -> argparse.ArgumentParser:
+    """example: arguments that run as they stand, since --help prints them for copying."""
+    arguments = argparse.ArgumentParser(
+        description=description, epilog=f"example: %(prog)s {example}", formatter_class=Unbroken
+    )
     arguments.add_argument("config", help="a setting (demo: configs/demo/<stage>.yaml), or a path to a YAML file")
     arguments.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of the YAML, dotted; they beat its sweep"
@@ -62,6 +72,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     arguments.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs/)"
     )
+    arguments.add_argument(
+        "--mirror",
+        type=Path,
+        metavar="FILE",
+        help="a YAML that names local files for what the hub has (UNDO_MIRROR)",
+    )
     return arguments
 
 
@@ -74,6 +90,7 @@ def launch(
     """Plan, check and execute runs -> the exit status. `kept`: names of runs that --force leaves as they are."""
     from undo.experiments.display import LiveTable
 
+    mirror.use(args.mirror)
     runs, configs = planned(args)
     if args.dry_run:
         show(runs, Costs(runs, configs, stages, parse_overrides(args.overrides).get("base.model")))

@@ -123,6 +123,13 @@ def check_tokens(tokens: object) -> None:
         )
 
 
+def token_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """The ids of each text, without <bos> and <eos>. A control token that is spelled in it is text."""
+    if not texts:  # the library wants one
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
 def enclosed(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
     """<bos> ids <eos> of one document, uint32 [tokens]; without what the model's family does not have."""
     ends = [[] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)]

@@ -3,11 +3,13 @@
 Tokenizers made here keep Gemma-2's ids of <pad>, <eos> and <bos>, and decode exactly.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from undo.config import mirror
 from undo.config.mistakes import ConfigError
 
 if TYPE_CHECKING:
@@ -19,14 +21,18 @@ PIECE: Final = r" ?\d+| ?[A-Za-z]+| ?[^A-Za-z\d\s]"
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """A tokenizer from a folder or the hub. Raises ConfigError if it is missing, gated, or without BOS or EOS."""
+    """A tokenizer from a folder, the hub or the mirror.
+
+    Raises ConfigError if it is missing, gated, or without BOS or EOS.
+    """
     from huggingface_hub.errors import GatedRepoError
     from transformers import AutoTokenizer
 
     from undo.config.secrets import find_token
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, token=find_token("hf_token.txt", "HF_TOKEN"))
+        place, token = mirror.stand_in(name) or os.path.expanduser(name), find_token("hf_token.txt", "HF_TOKEN")
+        tokenizer = AutoTokenizer.from_pretrained(place, token=token)
     except (OSError, ValueError) as error:
         if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
             raise ConfigError(
@@ -35,7 +41,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
             ) from None
         raise ConfigError(
             f"tokenizer {name!r} is neither a folder with a tokenizer nor a hub id that can be reached\n"
-            f"give another one with tokenizer=<path>; a gated one needs a token in tokens/hf_token.txt"
+            f"give another one with tokenizer=<path>; a gated one needs a token in tokens/hf_token.txt; or --mirror"
         ) from None
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ConfigError(f"tokenizer {name!r} has no token for the beginning or the end of a document")

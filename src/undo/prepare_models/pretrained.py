@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from undo.config import mirror
 from undo.config.mistakes import ConfigError
 from undo.config.schema import StageConfig
 from undo.lm.shape import Shape
@@ -19,9 +20,15 @@ class Base(StageConfig):
 
     model: str  # a folder, or a hub id
 
+    @property
+    def place(self) -> str:
+        """The folder of the mirror that stands for the hub id, if it holds a model, or else `model` itself."""
+        folder = None if is_local(self.model) else mirror.stand_in(self.model)
+        return folder if folder is not None and (Path(folder) / "config.json").exists() else self.model
+
     def check(self) -> None:
-        if is_local(self.model):
-            read_config(Path(self.model))
+        if is_local(self.place):
+            read_config(Path(self.place))
 
 
 def is_local(model: str) -> bool:
@@ -32,7 +39,7 @@ def is_local(model: str) -> bool:
 def shape_of_base(cfg: Base, run: RunDirectory) -> Shape | None:
     """The shape of the model that the run has fetched or would fetch."""
     fetched = run.done and run.config["model"] == cfg.model
-    return known_shape(str(run.model) if fetched else cfg.model)
+    return known_shape(str(run.model) if fetched else cfg.place)
 
 
 def known_shape(model: str) -> Shape | None:
@@ -49,7 +56,7 @@ def known_shape(model: str) -> Shape | None:
 
 def fetch(cfg: Base, run: Run) -> None:
     """Leave a link to the model's folder in the run. The weights stay where they are."""
-    folder = Path(cfg.model).expanduser().resolve() if is_local(cfg.model) else download(cfg.model)
+    folder = Path(cfg.place).expanduser().resolve() if is_local(cfg.place) else download(cfg.place)
     facts = read_config(folder)
     if not list(folder.glob("*.safetensors")):
         raise ConfigError(f"{folder}: holds no .safetensors; only safetensors are loaded")
@@ -105,8 +112,17 @@ def download(name: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ConfigError(
-            f"model: {name} cannot be fetched: {reason}\ngive a local folder with model=./folder"
+            f"model: {name} cannot be fetched: {reason}\n{mirror.way_out()}; or give a local folder with model=./folder"
         ) from None
 
 
-STAGE = Stage("base", Base, fetch, __name__, "The pretrained model (D.2)", shape=shape_of_base, computes=False)
+STAGE = Stage(
+    "base",
+    Base,
+    fetch,
+    __name__,
+    "The pretrained model (D.2)",
+    "wmdp_bio --dry-run",
+    shape=shape_of_base,
+    computes=False,
+)

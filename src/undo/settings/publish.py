@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import get_args
 
@@ -19,9 +20,10 @@ from undo.report.claims import HEADER, as_rows, check
 from undo.report.figures import FIGURES, draw, figures_of
 from undo.report.figures.missing import Missing
 from undo.report.paper import EXPERIMENTS
-from undo.report.report import report
+from undo.report.report import report, without_robustness
+from undo.results.curves import COLUMNS, curves
 from undo.results.results import Results
-from undo.results.shown import Look, Shown
+from undo.results.shown import SPARE, Look, Shown
 from undo.results.text import as_text, write_csv
 from undo.settings.stages import STAGES
 from undo.unlearn import UnlearningMethod
@@ -51,8 +53,12 @@ def shown_in(folder: Path | None) -> Shown:
 def looks() -> dict[str, Look]:
     """How each unlearning method appears in figures, by its name."""
     kinds: tuple[type[Method], ...] = get_args(get_args(UnlearningMethod)[0])
-    names = ((kind.model_fields["name"].default, kind) for kind in kinds)
-    return {name: Look(kind.title or name, kind.mark, kind.color, kind.student_color) for name, kind in names}
+    spare, found = cycle(SPARE), dict[str, Look]()
+    for kind in kinds:
+        name = kind.model_fields["name"].default
+        color, student_color = (kind.color, kind.student_color) if kind.color else next(spare)
+        found[name] = Look(kind.title or name, kind.mark, color, student_color or color)
+    return found
 
 
 def publish(folder: Path, runs: Path, names: list[str] | None = None, out: Path | None = None) -> None:
@@ -76,6 +82,7 @@ def publish(folder: Path, runs: Path, names: list[str] | None = None, out: Path 
         figures, lacking = draw(wanted, results, out / "figures")
         missing = not_drawn(setting, lacking) + [f"left out: {line}" for line in results.unread]
         write_csv(rows, results.columns, out / "summary.csv")
+        write_csv(curves(results), COLUMNS, out / "curves.csv")
         if names is None:
             write_atomically(out / "report.md", report(results, checked, figures, missing))
     console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
@@ -85,6 +92,8 @@ def publish(folder: Path, runs: Path, names: list[str] | None = None, out: Path 
     for cells in as_text(rows):
         table.add_row(*cells)
     console.print(table)
+    for line in without_robustness(results):
+        console.print(line, highlight=False, soft_wrap=True)
     if "claims" in (names or NAMES):
         claims = Table(box=None, pad_edge=False, title="the paper's claims, on these runs", title_justify="left")
         for column in HEADER:
@@ -92,7 +101,8 @@ def publish(folder: Path, runs: Path, names: list[str] | None = None, out: Path 
         for cells in as_rows(checked):
             claims.add_row(*cells)
         console.print(claims, highlight=False)
-    lines = [f"table: {out / 'summary.csv'}", *(f"{path.stem}: {path.with_suffix('.pdf')}, .png" for path in figures)]
+    lines = [f"table: {out / 'summary.csv'}", f"curves: {out / 'curves.csv'}"]
+    lines += (f"{path.stem}: {path.with_suffix('.pdf')}, .png" for path in figures)
     if names is None:
         lines.append(f"report: {out / 'report.md'}")
     for line in [*lines, *missing]:

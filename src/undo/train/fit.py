@@ -56,7 +56,7 @@ def fit(
     if said := precision.note(cfg.training.precision, training.precision):
         print(said, flush=True)
     streams = {
-        name: MixedStream(stores, mixture, training.batch_rows, training.steps, cfg.seed_for("order") + index)
+        name: MixedStream(stores, mixture, training.batch_rows, cfg.seed_for("order") + index)
         for index, (name, mixture) in enumerate(cfg.streams().items())
     }
     if cfg.execution.shard == "full":  # now: noise, verification and the choice of weights want them whole
