@@ -12,9 +12,10 @@ from undo.config.mistakes import ConfigError
 from undo.config.schema import ROLES, Count, Frozen, RunName
 from undo.data.problems import OPERATIONS, write_problems
 from undo.prepare_data.arithmetic import ArithmeticWorld
-from undo.prepare_data.preconditions import check_texts, check_tokenizer, reach
+from undo.prepare_data.preconditions import check_texts, check_tokenizer, reach, vocabulary_of
 from undo.prepare_data.text import Texts
 from undo.prepare_data.tokenizer import load_tokenizer, train_byte_pairs, train_words
+from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 from undo.train.stage import Stage
 
@@ -177,6 +178,21 @@ def check_disk(cfg: Prepare, folder: Path) -> None:
         )
 
 
+def vocabulary(cfg: Prepare, run: RunDirectory) -> int | None:
+    """The size that is known before the run is made: one that is configured, or a local tokenizer's."""
+    if run.done:
+        return run.facts["vocab_size"]
+    if isinstance(cfg.tokenizer, Frozen):
+        return cfg.tokenizer.vocab_size
+    return None if cfg.tokenizer is None else vocabulary_of(cfg.tokenizer)
+
+
 STAGE = Stage(
-    "prepare", Prepare, prepare, __name__, "Data (Appendices A and D.2.2, Table 11)", row_tokens=lambda cfg: cfg.length
+    "prepare",
+    Prepare,
+    prepare,
+    __name__,
+    "Data (Appendices A and D.2.2, Table 11)",
+    row_tokens=lambda cfg: cfg.length,
+    vocabulary=vocabulary,
 )
