@@ -82,7 +82,7 @@ class TrainingStage(StageConfig):
         return 3 * model.forward_flops(length)
 
     def check(self) -> None:
-        check_evaluation(self.evaluation)
+        check_evaluation(self.evaluation)  # pyright: ignore[reportArgumentType]  # only pydantic knows that it has a hash
         if self.training.batch_rows < self.execution.devices:
             raise ConfigError(
                 f"{self.name}: execution.devices={self.execution.devices} is more than the "
