@@ -37,6 +37,11 @@ class Shape(Protocol):
         """FLOPs of one forward pass per token in rows of `length`: 2 per weight, and causal attention."""
         ...
 
+    @property
+    def head_flops(self) -> int:
+        """FLOPs of the head per token, forward: 2 per weight."""
+        ...
+
     def first(self, layers: int) -> Self:
         """The first `layers` blocks, without the head."""
         ...
@@ -72,6 +77,10 @@ class CountedShape(Frozen):
         full = self.layers - self.sliding_layers
         seen = full * length + self.sliding_layers * seen_twice(length, self.window)
         return 2 * weights + 2 * seen * self.heads * self.head_dim
+
+    @property
+    def head_flops(self) -> int:
+        return 2 * self.head_parameters
 
     def first(self, layers: int) -> Self:
         sliding = min(self.sliding_layers, layers)

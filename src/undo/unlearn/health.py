@@ -66,7 +66,7 @@ def gradient_norms(gradient: Gradient, method: Method) -> dict[str, float]:
 
     Raises ConfigError for a term that has none.
     """
-    terms, _ = gradient(())
+    terms, _ = gradient()
     norms = {}
     for term in terms:
         _, alone = gradient([term])

@@ -2,6 +2,7 @@ from typing import ClassVar, Literal
 
 from undo.config.schema import Count, NonNegative
 from undo.lm.shape import Shape
+from undo.unlearn.method import Role
 from undo.unlearn.on_top import OnTop
 
 
@@ -43,6 +44,8 @@ class RepNoise(OnTop):
         return self.paired
 
     def objective(self, model, reference, rng):
+        from functools import cache
+
         import torch
 
         from undo.lm.read import final_norm, head, recorded
@@ -54,28 +57,37 @@ class RepNoise(OnTop):
         seed = int(torch.randint(2**62, (), generator=rng))
 
         def terms(batch):
-            found, forget = base(batch), batch["forget"]
-            blocks, mlps = recorded(model, forget)
+            forget, found = batch["forget"], {}
+            outputs = cache(lambda: recorded(model, forget))  # one pass for both terms
             read = said = forget
             if self.paired:
                 differs = torch.zeros_like(forget.labels, dtype=torch.bool) if forget.marked is None else forget.marked
                 read, said = forget.labelled(differs), forget.labelled(differs.roll(-1, 1))
-            if self.noise_weight:
-                noise = noise_distance(mlps, read, self.sample, seed)
-                found["noise"] = self.noise_weight * noise / forget.documents
-            if self.ascent_weight:
-                ascent = of_documents(
-                    [norm(block) for block in blocks],
+
+            def noise():
+                return self.noise_weight * forget.per_document(noise_distance(outputs()[1], read, self.sample, seed))
+
+            def ascent():
+                value = of_documents(
+                    [norm(block) for block in outputs()[0]],
                     head(model),
                     said,
                     lambda nll, length: torch.log1p((nll / length).mean(0)),
                 )
-                found["ascent"] = -self.ascent_weight * ascent / forget.documents
-            return found
+                return -self.ascent_weight * forget.per_document(value)
+
+            if self.noise_weight:
+                found["noise"] = noise
+            if self.ascent_weight:
+                found["ascent"] = ascent
+            return base(batch).and_also(found)
 
         return terms
 
-    def flops_per_token(self, model: Shape, length: int) -> int:
-        body, head = model.first(model.layers).forward_flops(length), 2 * model.vocab_size
-        own = 3 * body + 4 * model.layers * head * model.hidden_size
-        return self.base.flops_per_token(model, length) + own // 2  # on half the tokens
+    def role_flops(self, role: Role, model: Shape, length: int) -> int:
+        flops = super().role_flops(role, model, length)
+        if role == "forget" and (self.noise_weight or self.ascent_weight):
+            flops += 3 * model.first(model.layers).forward_flops(length)
+        if role == "forget" and self.ascent_weight:
+            flops += 4 * model.layers * model.head_flops  # values, then values and gradients, of every block
+        return flops
