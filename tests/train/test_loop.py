@@ -210,7 +210,7 @@ def test_interrupted_and_resumed_is_bit_equal_to_undisturbed(tmp_path, data, mon
         return terms
 
     seen, rng = [1] * 99, torch.Generator().manual_seed(4)
-    undisturbed, _ = go(tmp_path / "a", data, objective=objective, rng=rng)
+    undisturbed, whole = go(tmp_path / "a", data, objective=objective, rng=rng)
     seen, rng = [], torch.Generator().manual_seed(4)
     with pytest.raises(Interrupted):
         go(tmp_path / "b", data, objective=objective, rng=rng)
@@ -221,6 +221,7 @@ def test_interrupted_and_resumed_is_bit_equal_to_undisturbed(tmp_path, data, mon
     seen, rng = [1] * 99, torch.Generator().manual_seed(12345)
     resumed, outcome = go(tmp_path / "b", data, objective=objective, rng=rng)
     assert outcome.steps == 6
+    assert outcome.flops == whole.flops > 0
     assert same(undisturbed, resumed)
     one, two = (tmp_path / x / "tiny/pretrain/x/metrics.jsonl" for x in "ab")
     assert one.read_bytes() == two.read_bytes()

@@ -85,7 +85,7 @@ def fit(
         "steps": outcome.steps,
         "tokens": outcome.tokens,
         "tokens_per_second": outcome.tokens_per_second,
-        "flops": cfg.flops_per_token(size, length) * outcome.tokens,
+        "flops": outcome.flops,
         "evaluation_flops": size.forward_flops(length) * outcome.evaluation_tokens,
         "parameters": size.parameters,
         "evaluation": outcome.evaluation,

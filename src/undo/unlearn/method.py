@@ -148,13 +148,13 @@ class OnBlocks(Method):
         match = re.search(r"\blayers\.(\d+)\.mlp\.down_proj\.", parameter)
         return match is not None and int(match[1]) in self.trained_layers
 
-    def flops_of_passes(self, model: Shape, length: int) -> tuple[int, int]:
-        """FLOPs per token of a forward and of a backward pass: nothing above `layer` runs, and no head.
+    def flops_of_passes(self, model: Shape, length: int, layers: int | None = None) -> tuple[int, int]:
+        """FLOPs per token of a forward and of a backward pass through the blocks up to `layer`, or the first `layers`.
 
         Backward, gradients of activations reach down to the lowest trained block; they cost one forward pass, that of
         attention two. Only the trained matrices have gradients of their own.
         """
-        used, untouched = model.first(self.layer + 1), model.first(min(self.trained_layers) + 1)
+        used, untouched = model.first(layers or self.layer + 1), model.first(min(self.trained_layers) + 1)
         linear, whole = (used.forward_flops(n) - untouched.forward_flops(n) for n in (0, length))
         own = 2 * model.hidden_size * model.intermediate_size * len(set(self.trained_layers))
         return used.forward_flops(length), linear + 2 * (whole - linear) + own

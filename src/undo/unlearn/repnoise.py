@@ -2,7 +2,7 @@ from typing import ClassVar, Literal
 
 from undo.config.schema import Count, NonNegative
 from undo.lm.shape import Shape
-from undo.unlearn.method import Role
+from undo.unlearn.method import OnBlocks, Role
 from undo.unlearn.on_top import OnTop
 
 
@@ -85,9 +85,10 @@ class RepNoise(OnTop):
         return terms
 
     def role_flops(self, role: Role, model: Shape, length: int) -> int:
-        flops = super().role_flops(role, model, length)
+        flops, body = super().role_flops(role, model, length), 3 * model.first(model.layers).forward_flops(length)
+        head = 4 * model.layers * model.head_flops  # of every block: values, then values and two gradients
+        if isinstance(self.base, OnBlocks):  # the head is not trained, and little of the body
+            body, head = sum(self.base.flops_of_passes(model, length, model.layers)), head * 3 // 4
         if role == "forget" and (self.noise_weight or self.ascent_weight):
-            flops += 3 * model.first(model.layers).forward_flops(length)
-        if role == "forget" and self.ascent_weight:
-            flops += 4 * model.layers * model.head_flops  # values, then values and gradients, of every block
+            flops += body + head * bool(self.ascent_weight)
         return flops
