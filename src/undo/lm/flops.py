@@ -22,6 +22,7 @@ class Flops:
         self.total = 0
 
 
+Blocks = Sequence[nn.Module] | nn.ModuleList
 _open: list[Flops] = []
 
 
@@ -50,7 +51,7 @@ def add(flops: int) -> None:
     _add(_open, flops)
 
 
-def body_ran(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tokens, output: Tensor) -> None:
+def body_ran(model: PreTrainedModel, blocks: Blocks, tokens: Tokens, output: Tensor) -> None:
     """A forward pass through `blocks`, the model's first ones; a backward pass counts when `output` gets a gradient."""
     if not _open:
         return
@@ -67,7 +68,7 @@ def _add(counts: Iterable[Flops], flops: int) -> None:
         count.total += flops
 
 
-def _per_position(model: PreTrainedModel, blocks: Sequence[nn.Module], length: int) -> tuple[int, int]:
+def _per_position(model: PreTrainedModel, blocks: Blocks, length: int) -> tuple[int, int]:
     """Of a forward pass, and of the backward pass behind it: down to the lowest trained weight, and not further."""
     attention, forward, backward = Attention.of(model.config, len(blocks)), 0, 0
     below = any(weight.requires_grad for weight in model.get_input_embeddings().parameters())

@@ -1,7 +1,6 @@
 """The paper's tables of results (Appendix B.1, Tables 10 and 13, Figure 7 as a table), with ours beside them."""
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 
 from undo.report.paper import (
     CHOSEN,
@@ -16,6 +15,7 @@ from undo.report.paper import (
 from undo.results.arms import Reference, Undo
 from undo.results.frontier import beats
 from undo.results.results import Result, Results
+from undo.results.seeds import median
 from undo.results.selection import RANKS
 from undo.results.text import markdown
 

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite, nan
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any, Final, get_args
 
 from undo.config.mistakes import ConfigError
@@ -12,6 +13,7 @@ from undo.config.schema import Raw
 from undo.evaluate import Evaluation
 from undo.evaluate.evaluator import EvaluationConfig
 from undo.results.arms import Arm, Oracle, Reference, Undo, Unlearned, arm_of, method_of
+from undo.results.seeds import median
 from undo.results.shown import Look, Shown
 from undo.runs.directory import RunDirectory
 
@@ -71,10 +73,18 @@ class Result:
 
 
 def worst_case(curves: Sequence[Curve], higher_is_better: bool) -> Curve:
-    """At each step the best forget performance over several adversaries; a diverged one counts up to its end."""
+    """At each step the best forget performance over several adversaries.
+
+    A diverged one counts up to its end, and not where its performance is not finite. No step where none counts.
+    """
     best = max if higher_is_better else min
-    steps = sorted(set().union(*curves))
-    return {step: best(curve[step] for curve in curves if step in curve) for step in steps}
+    return {step: best(values) for step, values in _by_step(curves).items()}
+
+
+def _by_step(curves: Sequence[Curve]) -> dict[int, list[float]]:
+    """The finite performances at each step at which there is one."""
+    found = {step: [c[step] for c in curves if isfinite(c.get(step, nan))] for step in sorted(set().union(*curves))}
+    return {step: values for step, values in found.items() if values}
 
 
 @dataclass(frozen=True)
@@ -110,12 +120,12 @@ class Attacked:
     def average(self) -> Curve:
         """At each step the mean forget performance over the adversaries that got so far."""
         curves = [adversary.curve("forget") for adversary in self.adversaries]
-        steps = sorted(set().union(*curves))
-        return {step: fmean(curve[step] for curve in curves if step in curve) for step in steps}
+        return {step: fmean(values) for step, values in _by_step(curves).items()}
 
     @property
     def last(self) -> float:
-        return self.worst_case[max(self.worst_case)]
+        """NaN where no adversary ever had a finite performance."""
+        return self.worst_case[max(self.worst_case)] if self.worst_case else nan
 
 
 @dataclass(frozen=True)
@@ -203,9 +213,11 @@ class Results:
     def attack_steps(self) -> tuple[int, ...]:
         """Before, moderate and whole attack: 0, 40 and 500 of the paper's 500 steps, the same shares of fewer ones.
 
-        Steps at which every attacked model was evaluated; fewer than three where there are not so many.
+        Steps at which every attacked model was evaluated, but one that was never finite; fewer than three where there
+        are not so many.
         """
-        common = set.intersection(*(set(a.worst_case) for a in self.attacked)) if self.attacked else set()
+        evaluated = [set(a.worst_case) for a in self.attacked if a.worst_case]
+        common = set.intersection(*evaluated) if evaluated else set()
         later = sorted(common - {0})
         if not later:
             return tuple(common)
@@ -304,7 +316,7 @@ class Results:
         return {
             label: (
                 median(a.model.facts["evaluation"]["retain"] for a in members),
-                median(a.worst_case[step] for a in members),
+                median(a.worst_case.get(step, nan) for a in members),
             )
             for label, members in self.compared.items()
         }

@@ -2,7 +2,8 @@
 
 runs/<setting>/<stage>/<name>/
     config.yaml      resolved: exactly what the process reads
-    metrics.jsonl    one JSON object a line, keyed by step; the same bytes whether or not the run was interrupted
+    metrics.jsonl    one JSON object a line, keyed by step, null what is not finite; the same bytes whether or not the
+                     run was interrupted
     log.txt          what the process printed
     checkpoint/      resume state, replaced atomically, gone when the run is done
     model/           a Hugging Face folder
@@ -21,7 +22,7 @@ from typing import Any, Final, Self
 
 from pydantic import ValidationError
 
-from undo.config.files import dump_yaml, load_yaml, write_atomically
+from undo.config.files import dump_yaml, load_yaml, numbers, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Raw, StageConfig, as_raw, differences
 
@@ -64,7 +65,10 @@ class RunDirectory:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return json.loads((self.folder / "run.json").read_text())
+        facts = json.loads((self.folder / "run.json").read_text())
+        if isinstance(found := facts.get("evaluation"), dict):
+            facts["evaluation"] = numbers(found)
+        return facts
 
     @property
     def failure(self) -> str | None:
@@ -117,7 +121,7 @@ class RunDirectory:
             return
         for line in text.splitlines(keepends=True):
             if line.endswith("\n") and (not keys or any(key in line for key in keys)):
-                yield json.loads(line)
+                yield numbers(json.loads(line))
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Step -> metrics of the evaluation at that step."""

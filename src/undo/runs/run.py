@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
-from undo.config.files import digest, sync, write_atomically
+from undo.config.files import as_json, digest, sync, write_atomically
 from undo.config.schema import StageConfig, as_raw
 from undo.runs.directory import Interrupted, RunDirectory, without_execution
 from undo.runs.environment import environment
@@ -46,7 +46,7 @@ class Run(RunDirectory):
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl. No clock goes in here: an interrupted run must write the same bytes."""
-        self._metrics.write(json.dumps({"step": step, **values}).encode() + b"\n")
+        self._metrics.write(as_json({"step": step, **values}).encode() + b"\n")
         self._metrics.flush()
         self._tracker.log(step, values)
 
@@ -66,7 +66,7 @@ class Run(RunDirectory):
         note = {**progress, "metrics_bytes": self._metrics.tell(), "seconds": seconds}
         self._checkpoint.parent.mkdir(exist_ok=True)
         partial = self._checkpoint.with_suffix(".partial")
-        save_file(dict(tensors), partial, metadata={"progress": json.dumps(note)})
+        save_file(dict(tensors), partial, metadata={"progress": as_json(note)})
         sync(partial)
         partial.replace(self._checkpoint)
         sync(self._checkpoint.parent)
@@ -137,7 +137,7 @@ class Run(RunDirectory):
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **environment(),
         }
-        write_atomically(self.folder / "run.json", json.dumps(content, indent=1))
+        write_atomically(self.folder / "run.json", as_json(content, indent=1))
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
 
 

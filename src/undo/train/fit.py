@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from undo.config.files import digest, write_atomically
+from undo.config.files import as_json, digest, numbers, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import RunName, as_raw
 from undo.evaluate.evaluator import Measured
@@ -79,7 +79,7 @@ def fit(
         stop=stop or (lambda _: False),
     )
     if run.leads:  # for those who start as this model
-        write_atomically(evaluation_file(run, cfg), json.dumps(outcome.evaluation))
+        write_atomically(evaluation_file(run, cfg), as_json(outcome.evaluation))
     size = shape(model)
     return {
         "steps": outcome.steps,
@@ -105,12 +105,12 @@ def shared_evaluation(of: RunDirectory, cfg: TrainingStage, measure: Callable[[]
     file = evaluation_file(of, cfg)
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        found = Measured(json.loads(file.read_text()), 0) if file.exists() else None
+        found = Measured(numbers(json.loads(file.read_text())), 0) if file.exists() else None
         ranks.of_the_leader(found)
         if found is not None:
             return found
         measured = measure()
-        write_atomically(file, json.dumps(measured.values))
+        write_atomically(file, as_json(measured.values))
     return measured
 
 

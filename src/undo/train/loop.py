@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from undo.config.files import numbers
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Execution, Training
 from undo.data.stream import MixedStream
@@ -231,4 +232,4 @@ def _resume(
                 optimizer.state[weight][name] = shard.like(value, weight) if same else value.to(weight.device)
     if rng is not None:
         rng.set_state(tensors["rng"])
-    return _Progress(**progress)
+    return _Progress(**{**progress, "evaluation": numbers(progress["evaluation"])})

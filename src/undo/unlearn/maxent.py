@@ -1,7 +1,8 @@
 from typing import ClassVar, Literal
 
+from undo.config.schema import Role
 from undo.lm.shape import Shape
-from undo.unlearn.method import Role, Weighted
+from undo.unlearn.method import Weighted
 
 
 class MaxEnt(Weighted):

@@ -1,11 +1,11 @@
 """What every unlearning method has."""
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from undo.config.schema import Frozen, NonNegative
+from undo.config.schema import Frozen, NonNegative, Role
 from undo.lm.shape import Shape
 
 if TYPE_CHECKING:
@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from undo.train.gradient import Gradient, Gradients, Objective, Terms
-
-
-Role = Literal["forget", "retain"]
-ROLES: Final = get_args(Role)
 
 
 class Method(Frozen):
@@ -99,7 +95,7 @@ class Method(Frozen):
 
     def flops_per_token(self, model: Shape, length: int) -> int:
         """The mean over the roles, which have as many tokens each."""
-        return sum(self.role_flops(role, model, length) for role in ROLES) // len(ROLES)
+        return sum(self.role_flops(role, model, length) for role in ("forget", "retain")) // 2
 
 
 class Weighted(Method):

@@ -1,8 +1,8 @@
 from typing import ClassVar, Literal
 
-from undo.config.schema import NonNegative, Positive
+from undo.config.schema import NonNegative, Positive, Role
 from undo.lm.shape import Shape
-from undo.unlearn.method import Method, Role
+from undo.unlearn.method import Method
 
 
 class NPO(Method):

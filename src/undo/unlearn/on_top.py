@@ -4,9 +4,10 @@ from typing import Annotated
 
 from pydantic import Field
 
+from undo.config.schema import Role
 from undo.lm.shape import Shape
 from undo.unlearn.maxent import MaxEnt
-from undo.unlearn.method import Method, Role
+from undo.unlearn.method import Method
 from undo.unlearn.plain import PlainMethod
 
 

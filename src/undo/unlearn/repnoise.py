@@ -1,8 +1,8 @@
 from typing import ClassVar, Literal
 
-from undo.config.schema import Count, NonNegative
+from undo.config.schema import Count, NonNegative, Role
 from undo.lm.shape import Shape
-from undo.unlearn.method import OnBlocks, Role
+from undo.unlearn.method import OnBlocks
 from undo.unlearn.on_top import OnTop
 
 

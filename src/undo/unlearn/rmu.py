@@ -1,8 +1,8 @@
 from typing import ClassVar, Final, Literal
 
-from undo.config.schema import NonNegative, Positive
+from undo.config.schema import NonNegative, Positive, Role
 from undo.lm.shape import Shape
-from undo.unlearn.method import OnBlocks, Role, Weighted
+from undo.unlearn.method import OnBlocks, Weighted
 
 LANGUAGE: Final = {"layer": 11, "trained_layers": [5, 6, 7, 8, 9, 10, 11], "c": 6.5, "alpha": 1200.0}  # Table 5, D.1
 

@@ -1,8 +1,7 @@
 from typing import ClassVar, Literal
 
-from undo.config.schema import Count, NonNegative, Positive
+from undo.config.schema import Count, NonNegative, Positive, Role
 from undo.lm.shape import Shape
-from undo.unlearn.method import Role
 from undo.unlearn.on_top import OnTop
 
 

@@ -2,9 +2,9 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from undo.config.schema import NonNegative, Positive
+from undo.config.schema import NonNegative, Positive, Role
 from undo.lm.shape import Shape
-from undo.unlearn.method import ROLES, Method, OnBlocks, Role
+from undo.unlearn.method import Method, OnBlocks
 
 
 class UAM(Method):
@@ -89,7 +89,10 @@ class UAM(Method):
                     start = hidden_states(reference, tokens, self.layer) + moved[role]
                 return activation_mse(hidden_states(model, tokens, self.layer), start, tokens)
 
-        return lambda batch: OnDemand({role: lambda role=role: loss(role, batch[role]) for role in ROLES})
+        def terms(batch):
+            return OnDemand({role: lambda role=role: loss(role, batch[role]) for role in ("forget", "retain")})
+
+        return terms
 
     def step(self, gradient, rng):
         import math

@@ -1,12 +1,13 @@
 """Figure 5: robustness against compute over alpha, and the relearning curves behind it."""
 
-from statistics import median
+import math
 from typing import TYPE_CHECKING
 
 from undo.report.figures.missing import Missing
 from undo.report.figures.relearning import ORACLE, UNLEARNED, curves, legend
 from undo.results.arms import Distilled, Undo
 from undo.results.results import Attacked, Results
+from undo.results.seeds import median
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +69,8 @@ def _groups(results: Results) -> dict[float | None, list[Attacked]]:
             alpha = None
         else:
             continue
-        if results.robustness(a) is not None and results.compute(a) is not None:
+        robustness = results.robustness(a)
+        if robustness is not None and math.isfinite(robustness) and results.compute(a) is not None:
             groups.setdefault(alpha, []).append(a)
     return groups
 

@@ -1,11 +1,12 @@
 """Figure 7: retain against forget performance, before the attack and under it."""
 
-from statistics import median
+from math import nan
 from typing import TYPE_CHECKING
 
 from undo.report.figures.missing import Missing
 from undo.results.arms import Oracle, Reference, Undo, Unlearned
 from undo.results.results import Attacked, Results
+from undo.results.seeds import median
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
     from undo.report.figures.style import INK, color_of, describe, panels
     from undo.results.frontier import pareto_front
 
-    if not results.compared:
+    if not results.compared or not results.attack_steps:
         return Missing(
             "an attacked model that something was unlearned in",
             "relearn",
@@ -39,7 +40,7 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
     for axis, step in zip(axes, chosen, strict=True):
         for members in groups.values():
             xs = [a.model.facts["evaluation"]["retain"] for a in members]
-            ys = [a.worst_case[step] for a in members]
+            ys = [a.worst_case.get(step, nan) for a in members]
             x, y = median(xs), median(ys)
             color = color_of(members[0], results)
             axis.errorbar(
