@@ -328,9 +328,13 @@ class Results:
         return first.model.higher_is_better, first.higher_is_better
 
     def compute(self, attacked: Attacked) -> float | None:
-        """S_student / S_oracle, S = training steps (Figure 5); None without the oracle."""
+        """S_student / S_oracle, S = training tokens (Figure 5); None without the oracle.
+
+        The paper's S is training steps. Where a step of distillation has fewer rows than one of pretraining, as in its
+        language setting (240 and 400), that overstates what distillation takes.
+        """
         oracle = self.oracle_of(attacked)
-        return None if oracle is None else attacked.model.facts["steps"] / oracle.model.facts["steps"]
+        return None if oracle is None else attacked.model.facts["tokens"] / oracle.model.facts["tokens"]
 
     def oracle_of(self, attacked: Attacked) -> Attacked | None:
         """The oracle of the same world: its seed is that of the model's teacher, where there is one."""

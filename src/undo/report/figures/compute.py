@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def robustness_against_compute(results: Results) -> "Figure | Missing":
     """Left: robustness against compute, medians over seeds with their range. Right: relearning curves of some alphas.
 
-    Compute is S_student / S_oracle, S = training steps. Curves are those of the first seed.
+    Compute is S_student / S_oracle, S = training tokens. Curves are those of the first seed.
     """
     from undo.report.figures.style import panels, shade
 
@@ -109,7 +109,7 @@ def _scaling(axis: "Axes", results: Results, groups: dict[float | None, list[Att
         xytext=(0, 3),
         textcoords="offset points",
     )
-    axis.set_xlabel("compute: steps / steps of data filtering", fontsize=8)
+    axis.set_xlabel("compute: training tokens / those of data filtering", fontsize=8)
     axis.set_ylabel("robustness to relearning", fontsize=8)
     counts = {len({a.model.seed for a in members}) for members in groups.values()}
     seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
