@@ -105,10 +105,11 @@ class SimNPO(Method):
             return -2 / self.beta * logsigmoid(self.beta * nll[0] / length - self.gamma)
 
         def by_document(forget):
-            return forget.per_document(of_documents([hidden_states(model, forget)], head(model), forget, outer))
+            value = of_documents([hidden_states(model, forget)], head(model), forget, outer)
+            return forget.per_document(self.forget_weight * value)
 
         def terms(batch):
-            found = {"forget": lambda: self.forget_weight * by_document(batch["forget"])}
+            found = {"forget": lambda: by_document(batch["forget"])}
             if self.retain_weight:
                 found["retain"] = lambda: self.retain_weight * cross_entropy(model, batch["retain"])
             return OnDemand(found)

@@ -65,7 +65,8 @@ class RepNoise(OnTop):
                 read, said = forget.labelled(differs), forget.labelled(differs.roll(-1, 1))
 
             def noise():
-                return self.noise_weight * forget.per_document(noise_distance(outputs()[1], read, self.sample, seed))
+                value = noise_distance(outputs()[1], read, self.sample, seed)
+                return forget.per_document(self.noise_weight * value)
 
             def ascent():
                 value = of_documents(
@@ -74,7 +75,7 @@ class RepNoise(OnTop):
                     said,
                     lambda nll, length: torch.log1p((nll / length).mean(0)),
                 )
-                return -self.ascent_weight * forget.per_document(value)
+                return forget.per_document(-self.ascent_weight * value)
 
             if self.noise_weight:
                 found["noise"] = noise
