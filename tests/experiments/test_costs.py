@@ -210,12 +210,8 @@ def one_step(method: Method, micro_rows: int | None) -> tuple[float, float]:
 
 @pytest.mark.parametrize("method", [*METHODS, Own()], ids=lambda method: type(method).__name__)
 def test_flops_are_those_of_the_products_that_ran(method):
+    """And the estimate before a run agrees to 1.5 %: one position of 64 has no label, and norms count as weights."""
     ours, ran = one_step(method, micro_rows=2)
     assert ours == pytest.approx(ran, rel=3e-3 if isinstance(method, RepNoise) else 1e-9)  # MMD's sums over its kernels
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
-def test_the_estimate_before_a_run_is_what_runs(method):
-    """1.5 %: one position of 64 has no label, and norms count as weights."""
-    _, ran = one_step(method, micro_rows=None)
-    assert method.flops_per_token(DEEP, 64) * 2 * 4 * 64 == pytest.approx(ran, rel=0.015)
+    if not isinstance(method, Own):
+        assert method.flops_per_token(DEEP, 64) * 2 * 4 * 64 == pytest.approx(ran, rel=0.015)

@@ -57,8 +57,8 @@ class SAM(OnTop):
 class Smoothing(OnTop):
     """Random smoothing (Fan et al. 2025): the forget gradient is the mean over `samples` of w + sigma N(0, 1).
 
-    `faithful` is on NPO as its code has it, as in SAM's `official`. The forget loss that is recorded is the last sample's:
-    another pass would be needed for that at w.
+    `faithful` is on NPO as its code has it, as in SAM's `official`. The recorded forget loss is the last
+    sample's: another pass would be needed for that at w.
     """
 
     name: Literal["smoothing"] = "smoothing"
