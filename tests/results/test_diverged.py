@@ -11,6 +11,7 @@ from undo.config.files import as_json, numbers
 from undo.config.mistakes import ConfigError
 from undo.report.claims import check
 from undo.report.figures import FIGURES
+from undo.report.figures.wmdp import adversaries
 from undo.report.report import report
 from undo.results.frontier import pareto_front
 from undo.results.results import worst_case
@@ -61,6 +62,18 @@ def test_a_diverged_run_is_on_no_front_and_is_no_point_of_a_search():
     for order in itertools.permutations(runs):
         chosen = across_the_frontier(order, 0.9, True)
         assert [chosen[rank].run for rank in ("best", "medium", "worst")] == ["a", "e", "d"]
+
+
+def test_figure_8_draws_an_adversary_as_far_as_it_is_finite(tmp_path):
+    for order in (("a", "b", "c"), ("c", "b", "a")):
+        made = World(tmp_path / order[0], setting="wmdp_bio")
+        made.run("unlearn/m", "maxent", reference="base/model", method={"name": "maxent"})
+        curves = {"a": {0: 0.1, 500: NAN}, "b": {0: 0.1, 500: 0.6}, "c": dict.fromkeys((0, 500), NAN)}
+        for position, name in enumerate(order):
+            made.run(f"relearn/{position}", "maxent", curve=curves[name], model="unlearn/m", adversary=name)
+        (attacked,) = made.results().attacked
+        found = adversaries([attacked])
+        assert {name: curve for (name, _), curve in found.items()} == {"a": {0: 0.1}, "b": {0: 0.1, 500: 0.6}}
 
 
 def world(folder, end) -> World:

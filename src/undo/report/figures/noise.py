@@ -48,7 +48,7 @@ def noise_grid(results: Results) -> "Figure | Missing":
         axis.set_xlabel("relearning steps", fontsize=8)
     if attacked:
         every = [value for a in attacked.values() for value in a.worst_case.values()]
-        for axis in axes:
+        for axis in axes if every else ():
             axis.set_ylim(min(every) - 0.02 * abs(max(every)), max(every) * 1.04)
         figure.legend(fontsize=8, loc="outside lower center", ncols=6, frameon=False)
     axes[0].set_ylabel(f"forget {results.attacked[0].unit if attacked else runs[0].unit}", fontsize=8)

@@ -55,7 +55,7 @@ def _panels(results: Results, bold: Summary) -> "Figure | Missing":
         drawn = [a for s in students for a in (results.teacher_of(s), s, results.oracle_of(s)) if a is not None]
         under_attack = [value for a in drawn for step, value in a.worst_case.items() if step > 0]
         starts = [a.worst_case[0] for a in drawn if isinstance(a.arm, Oracle) and 0 in a.worst_case]
-        low, high = min(under_attack), max(*under_attack, *starts)
+        low, high = min(under_attack, default=0), max([*under_attack, *starts], default=1)
         axes[0].set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
     legend(figure, axes)
     return figure
