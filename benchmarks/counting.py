@@ -62,6 +62,26 @@ def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+class Products(TorchDispatchMode):
+    """FLOPs of matrix products while it is entered: `linear` with weights, `batched` of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = self.batched = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            self.linear += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        elif name == "bmm":
+            a, b = args
+            self.batched += 2 * a.shape[0] * a.shape[1] * a.shape[2] * b.shape[2]
+        return func(*args, **(kwargs or {}))
+
+
 def passes(loss: Callable[[], torch.Tensor], tokens: int, vocabulary: int) -> float:
     """fp32 passes over [tokens, vocabulary] of a loss's forward and backward."""
     with Counter(logits=round(0.9 * tokens * vocabulary)) as counter:

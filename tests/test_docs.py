@@ -72,7 +72,7 @@ def test_a_new_method_is_one_file_and_one_name(tmp_path):
         text=True,
     )
     assert properties.returncode == 0, properties.stdout
-    assert re.search(r"\b16 passed", properties.stdout), properties.stdout
+    assert re.search(r"\b20 passed", properties.stdout), properties.stdout
 
     runs = tmp_path / "runs"
     reference = ["--only", "reference*"]

@@ -5,6 +5,7 @@ trains or perturbs returns a new model in fp32, on the machine's device, and lea
 Texts are strings, for which a tokenizer is needed, or documents as token ids.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -171,8 +172,8 @@ class Relearned:
 
     @property
     def last(self) -> float:
-        """The worst case at the end of the attack."""
-        return self.worst_case[max(self.worst_case)]
+        """The worst case at the end of the attack; NaN where every rate diverged at once."""
+        return self.worst_case[max(self.worst_case)] if self.worst_case else math.nan
 
     def plot(self) -> "Figure":
         """Thin for each rate, bold for the worst case, as in Figure 4."""
@@ -300,13 +301,13 @@ def _rows(
 
 @torch.no_grad()
 def _nats(model: PreTrainedModel, rows: PackedDocuments, at_once: int = 16) -> float:
-    """Mean cross entropy over all tokens of the rows."""
+    """Mean cross entropy over all tokens of the rows; NaN where no token is predicted."""
     total, labels = 0.0, 0
     for start in range(0, len(rows), at_once):
         some: Tokens = collate((rows[i] for i in range(start, min(start + at_once, len(rows)))), rows.length)
         total += float(cross_entropy(model, some.to(model.device))) * some.total
         labels += some.total
-    return total / labels
+    return total / labels if labels else math.nan
 
 
 def _train(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.conftest import SHAPE, batch, lively
 from undo import losses as equations
 from undo.lm.read import hidden_states
-from undo.lm.tokens import IGNORE, collate
+from undo.lm.tokens import IGNORE, Tokens, collate
 from undo.losses import linear as losses
 from undo.losses import logits as tiles
 from undo.losses import targets
@@ -214,14 +214,15 @@ def test_gradients_of_a_whole_model(kind, tied):
 
 
 def test_batch_without_labels_costs_nothing_and_is_zero(model):
-    tokens = batch()
-    tokens.labels.fill_(IGNORE)
-    empty = type(tokens)(tokens.input_ids, tokens.positions, tokens.labels, total=1, documents=1)
+    empty = collate([[np.array([5])], [np.array([6]), np.array([7])]], 12)
+    assert empty.total == 0
     teacher = SHAPE.build(seed=5)
     for loss in (
         equations.cross_entropy(model, empty),
         equations.uniform_kl(model, empty),
         equations.forward_kl(model, teacher, empty),
+        equations.undial_kl(model, teacher, empty, 5.0),
+        equations.activation_mse(hidden_states(model, empty, 0), torch.ones(SHAPE.hidden_size), empty),
     ):
         loss.backward()
         assert loss == 0
@@ -251,14 +252,19 @@ def test_means_over_labels_of_a_whole_model(model):
 
 
 def test_activation_mse_by_hand():
-    """Two labelled positions of three, width 2: errors (1, 3) and (2, 0) -> ((1 + 9) / 2 + (4 + 0) / 2) / 2 = 3.5."""
-    from undo.lm.tokens import Tokens
+    """A document of two positions, the last one without a label, and padding of one; width 2.
 
-    labels = torch.tensor([[7, IGNORE, 8]])
-    tokens = Tokens(torch.zeros(1, 3, dtype=torch.long), torch.arange(3)[None], labels, total=2, documents=1)
-    hidden = torch.tensor([[[1.0, 3.0], [99.0, 99.0], [2.0, 0.0]]])
-    assert equations.activation_mse(hidden, torch.zeros_like(hidden), tokens).item() == 3.5
-    assert equations.activation_mse(hidden, torch.zeros(2), tokens).item() == 3.5
+    Errors (1, 3) and (2, 0) -> ((1 + 9) / 2 + (4 + 0) / 2) / 2 = 3.5.
+    """
+    hidden = torch.tensor([[[1.0, 3.0], [2.0, 0.0], [99.0, 99.0]]])
+    for tokens in (
+        collate([[np.array([5, 7])]], 3),
+        Tokens.of(torch.tensor([[5, 7, 0]]), torch.tensor([[1, 1, 0]])),
+    ):
+        assert equations.activation_mse(hidden, torch.zeros_like(hidden), tokens).item() == 3.5
+        assert equations.activation_mse(hidden, torch.zeros(2), tokens).item() == 3.5
+    prompt = Tokens.of(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[IGNORE, IGNORE, 7]]))
+    assert equations.activation_mse(hidden, torch.zeros(2), prompt).item() == pytest.approx((5 + 2 + 99**2) / 3)
 
 
 def test_layer_output_is_the_blocks_own(model):

@@ -1,5 +1,7 @@
 """The loop: exact accumulation, the schedule, evaluation and stopping, divergence, and resuming bit by bit."""
 
+import math
+import re
 import weakref
 from pathlib import Path
 
@@ -209,7 +211,7 @@ def test_interrupted_and_resumed_is_bit_equal_to_undisturbed(tmp_path, data, mon
         return terms
 
     seen, rng = [1] * 99, torch.Generator().manual_seed(4)
-    undisturbed, _ = go(tmp_path / "a", data, objective=objective, rng=rng)
+    undisturbed, whole = go(tmp_path / "a", data, objective=objective, rng=rng)
     seen, rng = [], torch.Generator().manual_seed(4)
     with pytest.raises(Interrupted):
         go(tmp_path / "b", data, objective=objective, rng=rng)
@@ -220,9 +222,31 @@ def test_interrupted_and_resumed_is_bit_equal_to_undisturbed(tmp_path, data, mon
     seen, rng = [1] * 99, torch.Generator().manual_seed(12345)
     resumed, outcome = go(tmp_path / "b", data, objective=objective, rng=rng)
     assert outcome.steps == 6
+    assert outcome.flops == whole.flops > 0
     assert same(undisturbed, resumed)
     one, two = (tmp_path / x / "tiny/pretrain/x/metrics.jsonl" for x in "ab")
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_an_evaluation_that_is_not_finite_is_null_on_disk_and_nan_when_read(tmp_path, data, monkeypatch):
+    """In the records, in a checkpoint, and in run.json."""
+
+    def evaluate(step, full):
+        monkeypatch.setattr(Run, "_stop_requested", step == 3)
+        return Measured({"retain": math.nan, "forget": math.inf}, 10)
+
+    with pytest.raises(Interrupted):
+        go(tmp_path, data, evaluate=evaluate)
+    monkeypatch.setattr(Run, "_stop_requested", False)
+    _, outcome = go(tmp_path, data, evaluate=evaluate)
+    run, _ = make(tmp_path)
+    run.finish(evaluation=outcome.evaluation)
+    for name in ("metrics.jsonl", "run.json"):
+        assert '"retain": null' in (text := (run.folder / name).read_text())
+        assert not re.search("NaN|Infinity", text)
+    assert all(math.isnan(value) for value in run.facts["evaluation"].values())
+    assert [*run.evaluations()] == [0, 3, 6]
+    assert all(math.isnan(found["retain"]) and math.isnan(found["forget"]) for found in run.evaluations().values())
 
 
 def two_terms(model):

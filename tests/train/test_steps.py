@@ -2,15 +2,17 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
 from torch import nn
 
-from tests.unlearn.test_methods import METHODS, gradients, moved, roles, setting
+from tests.unlearn.test_methods import METHODS, gradients, log_probabilities, moved, roles, setting
+from undo.lm.tokens import collate
 from undo.train.gradient import BatchGradient
 from undo.train.shift import shifted
-from undo.unlearn import SAM, UAM, GradDiff, Smoothing
+from undo.unlearn import NPO, SAM, UAM, GradDiff, Smoothing
 from undo.unlearn.method import Method
 
 
@@ -21,14 +23,14 @@ class Quadratic:
         self.weights, self.progress = [nn.Parameter(torch.tensor(w, dtype=torch.float64))], progress
         self.center, self.asked = torch.tensor(center, dtype=torch.float64), []
 
-    def __call__(self, names=None):
+    def __call__(self, names=None, *, without=()):
         (w,) = self.weights
         scale = torch.tensor([3.0, 4.0], dtype=torch.float64)
         terms = {"forget": (scale * w**2).sum() / 2, "retain": ((w - self.center) ** 2).sum() / 2}
-        wanted = [value for name, value in terms.items() if names is None or name in names]
-        grads = [torch.autograd.grad(sum(wanted), w)[0] if wanted else None]
-        self.asked.append((w.tolist(), names))
-        return {name: value.detach() for name, value in terms.items()}, grads
+        wanted = {n: value for n, value in terms.items() if (names is None or n in names) and n not in without}
+        grads = [torch.autograd.grad(sum(wanted.values()), w)[0] if wanted else None]
+        self.asked.append((w.tolist(), [*wanted]))
+        return {name: value.detach() for name, value in wanted.items()}, grads
 
 
 def step(method, quadratic) -> list[float]:
@@ -136,7 +138,7 @@ def test_what_a_step_holds_while_it_asks_for_a_gradient(method, held):
         def __init__(self):
             self.weights = weights
 
-        def __call__(self, names=None):
+        def __call__(self, names=None, *, without=()):
             found.append(4 * (alive() - before) / len(weights))
             return dict.fromkeys(("forget", "retain"), torch.ones(())), [torch.ones(size) for _ in weights]
 
@@ -199,6 +201,100 @@ def test_the_same_generator_makes_the_same_step(method):
         model, _, objective = setting(method)
         steps.append(method.step(batch_gradient(model, objective, None), torch.Generator().manual_seed(1))[1])
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*steps, strict=True))
+
+
+# --- the steps of SAM and of smoothing as published, written out ------------------------------------------------------
+
+
+def batch_mean(model, tokens) -> torch.Tensor:
+    """Mean of -log p over all labels of the batch, through full logits."""
+    log_p, labels = log_probabilities(model, tokens)
+    return -log_p.gather(1, labels[:, None]).mean()
+
+
+def published(method, model, reference, data) -> list[torch.Tensor]:
+    """Fan et al. (2025), the code's NPO+SAM and NPO+RS: one sigmoid of the mean NLL of the whole batch."""
+    base, weights = method.base, [*model.parameters()]
+    with torch.no_grad():
+        before = batch_mean(reference, data["forget"])
+
+    def forget_gradient(offsets):
+        with torch.no_grad():
+            for weight, offset in zip(weights, offsets, strict=True):
+                weight += offset
+        risen = batch_mean(model, data["forget"]) - before
+        found = torch.autograd.grad(-2 / base.beta * torch.log(torch.sigmoid(base.beta * risen)), weights)
+        with torch.no_grad():
+            for weight, offset in zip(weights, offsets, strict=True):
+                weight -= offset
+        return found
+
+    if method.name == "sam":
+        at_w = forget_gradient([torch.zeros_like(w) for w in weights])
+        norm = torch.sqrt(sum(g.square().sum() for g in at_w))
+        forget = forget_gradient([method.rho * g / norm for g in at_w])
+    else:
+        rng = torch.Generator().manual_seed(1)
+        draws = [
+            forget_gradient([method.sigma * torch.randn(w.shape, generator=rng).double() for w in weights])
+            for _ in range(method.samples)
+        ]
+        forget = [sum(parts) / method.samples for parts in zip(*draws, strict=True)]
+    retain = torch.autograd.grad(base.retain_weight * batch_mean(model, data["retain"]), weights)
+    return [f + r for f, r in zip(forget, retain, strict=True)]
+
+
+@pytest.mark.parametrize("micro_rows", [None, 1, 3])
+@pytest.mark.parametrize("lengths", ["equal", "unequal"])
+@pytest.mark.parametrize(("kind", "preset"), [(SAM, "official"), (Smoothing, "faithful")])
+def test_a_preset_s_whole_step_is_the_published_one(kind, preset, lengths, micro_rows):
+    """From a model that has moved away from its start, so that the sigmoid's slope is not that of the start."""
+    method = kind.model_validate({"preset": preset})
+    model, reference, objective = setting(method, dtype=torch.float64)
+    moved(model, method)
+    rng = np.random.default_rng(0)
+    sizes = [24, 24, 24, 24] if lengths == "equal" else [24, 5, 12, 2]
+    data = {role: collate([[rng.integers(4, 448, size=n)] for n in sizes]) for role in ("retain", "forget")}
+    off = torch.autocast("cpu", enabled=False)
+    gradient = BatchGradient(objective, data, [*model.parameters()], 0.5, micro_rows, PartialState(cpu=True), off)
+    terms, step = method.step(gradient, torch.Generator().manual_seed(1))
+    assert terms.keys() == {"forget", "retain"}
+    expected = published(method, model, reference, data)
+    apart = sum(float((a - b).square().sum()) for a, b in zip(step, expected, strict=True))
+    assert apart**0.5 < 1e-5 * sum(float(b.square().sum()) for b in expected) ** 0.5
+
+
+def test_npo_of_the_batch_mean_is_one_sigmoid_over_all_micro_batches():
+    method = NPO(nll="batch_mean", beta=3.0, retain_weight=0.5)  # far into the bend
+    model, reference, objective = setting(method, dtype=torch.float64)
+    moved(model, method)
+    data = roles(rows=4)
+    with torch.no_grad():
+        before = batch_mean(reference, data["forget"])
+    loss = -2 / 3 * torch.log(torch.sigmoid(3 * (batch_mean(model, data["forget"]) - before)))
+    expected = torch.autograd.grad(loss + 0.5 * batch_mean(model, data["retain"]), [*model.parameters()])
+    for micro_rows in (None, 1, 3):
+        terms, grads = method.step(batch_gradient(model, objective, micro_rows), torch.Generator())
+        torch.testing.assert_close(terms["forget"], loss.detach(), rtol=1e-6, atol=0)
+        for mine, hand in zip(grads, expected, strict=True):
+            torch.testing.assert_close(mine, hand, rtol=1e-5, atol=1e-7)
+
+
+@every_method
+def test_a_gradient_runs_only_the_terms_it_is_asked_for(method):
+    """Each term reads one role: asked for one, the other role's tokens are never read."""
+    _, _, objective = setting(method)
+    forget = roles(rows=4)["forget"]
+
+    class Forbidden(dict):
+        def __getitem__(self, role):
+            assert role == "forget", "the retain role was read"
+            return forget
+
+    terms = objective(Forbidden())
+    of_forget = [name for name in terms if name not in ("retain", "preserve")]
+    assert all(terms[name].requires_grad for name in of_forget)
+    assert set(method.forget_terms) <= {*of_forget}
 
 
 def test_a_radius_of_zero_is_the_base_s_own_step():

@@ -26,6 +26,9 @@ METHODS = [
     MaxEnt(alpha=0.3, retain="kl", convex=True),
     RepNoise(base=RMU(layer=1, trained_layers=(0, 1)), noise_weight=1.0, ascent_weight=0.5),
     RepNoise(noise_weight=1.0, ascent_weight=0.5, paired=True),
+    NPO(nll="batch_mean", beta=0.3, retain_weight=2.0),
+    SAM.model_validate({"preset": "official"}),
+    Smoothing.model_validate({"preset": "faithful"}),
 ]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 
@@ -105,6 +108,27 @@ def test_gradient_reaches_the_declared_parameters_and_no_other(method):
     assert grads.keys() == {name for name, _ in model.named_parameters() if method.trains(name)}
     assert grads
     assert all(grad.any() for grad in grads.values())
+
+
+@every_method
+@pytest.mark.parametrize("empty", [("forget",), ("retain",), ("forget", "retain")])
+def test_a_batch_without_a_label_costs_nothing(method, empty):
+    """Documents of one token have nothing to predict, and so have those whose labels are all masked."""
+    ids = torch.randint(4, 448, (2, 6), generator=torch.Generator().manual_seed(0))
+    for nothing in (
+        collate([[torch.tensor([5]).numpy()], [torch.tensor([6]).numpy()] * 3], 12),
+        Tokens.of(ids, labels=torch.full_like(ids, IGNORE)),
+    ):
+        assert nothing.total == nothing.documents == 0
+        model, _, objective = setting(method)
+        moved(model, method)
+        terms = objective(roles(rows=2) | dict.fromkeys(empty, nothing))
+        assert all(torch.isfinite(value) for value in terms.values())
+        grads = gradients(model, terms)
+        assert all(torch.isfinite(grad).all() for grad in grads.values())
+        if len(empty) == 2:
+            assert all(value == 0 for value in terms.values())
+            assert not any(grad.any() for grad in grads.values())
 
 
 @every_method
@@ -208,9 +232,17 @@ def test_a_key_beside_a_preset_wins():
         (RMU, "faithful", {"layer": 11, "trained_layers": (5, 6, 7, 8, 9, 10, 11), "c": 6.5, "alpha": 1200}),
         (RMU, "undo_paper_wmdp", {"layer": 15, "trained_layers": (10, 11, 12, 13, 14, 15), "c": 80, "convex": True}),
         (RepNoise, "faithful", {"noise_weight": 1, "ascent_weight": 1}),
-        (SAM, "official", {"rho": 0.01, "ascent": "forget", "base": NPO(beta=0.015, retain_weight=2.25)}),
+        (
+            SAM,
+            "official",
+            {"rho": 0.01, "ascent": "forget", "base": NPO(nll="batch_mean", beta=0.015, retain_weight=2.25)},
+        ),
         (SAM, "faithful", {"rho": 0.01, "ascent": "total", "base": MaxEnt()}),
-        (Smoothing, "faithful", {"sigma": 1e-4, "samples": 3, "base": NPO(beta=0.0125, retain_weight=2.0)}),
+        (
+            Smoothing,
+            "faithful",
+            {"sigma": 1e-4, "samples": 3, "base": NPO(nll="batch_mean", beta=0.0125, retain_weight=2.0)},
+        ),
         (RepNoise, "official", {"noise_weight": 0.001, "ascent_weight": 1, "paired": True}),
         (UAM, "official", {"gamma": 0}),
         (UAM, "faithful", {"gamma": 1, "when": "always"}),
@@ -293,6 +325,12 @@ def test_every_published_method_has_a_faithful_preset(kind):
     kind.model_validate({"preset": "faithful"}, strict=False)
 
 
+def all_positions(tokens) -> torch.Tensor:
+    """Those of documents: each with a label, and the one behind it."""
+    labelled = tokens.labels != IGNORE
+    return labelled | torch.cat([torch.zeros_like(labelled[:, :1]), labelled[:, :-1]], 1)
+
+
 def test_rmu_pushes_to_c_u_and_holds_to_the_reference():
     method = RMU(layer=0, trained_layers=(0,), c=2.0, alpha=3.0)
     model, reference, objective = setting(method, seed=11)
@@ -301,7 +339,7 @@ def test_rmu_pushes_to_c_u_and_holds_to_the_reference():
     data = roles()
     u = torch.randn(SHAPE.hidden_size, generator=torch.Generator().manual_seed(11))
     u /= u.norm()
-    mask = {role: tokens.labels != IGNORE for role, tokens in data.items()}
+    mask = {role: all_positions(tokens) for role, tokens in data.items()}
 
     def first_block(of, role):
         tokens = data[role]
@@ -331,7 +369,7 @@ def test_adaptive_rmu_scales_the_push_with_the_reference_s_activation(draw):
     moved(model, method)
     data = roles()
     u = draw(SHAPE.hidden_size, generator=torch.Generator().manual_seed(11))
-    mask = data["forget"].labels != IGNORE
+    mask = all_positions(data["forget"])
     h, h0 = (hidden_states(m, data["forget"], 0)[mask].double() for m in (model, reference))
     target = 2.0 * h0.norm(dim=-1, keepdim=True) * (u / u.norm()).double()
     torch.testing.assert_close(objective(data)["misdirect"].double(), ((h - target) ** 2).mean(), rtol=1e-5, atol=0)
@@ -385,6 +423,10 @@ def test_simnpo_by_document():
     model, _, objective = setting(method)
     nll, lengths = by_document(model, roles()["forget"])
     expected = 0.25 * -2 / 2.5 * torch.log(torch.sigmoid(2.5 * nll / lengths - 0.5)).mean()
+    torch.testing.assert_close(objective(roles())["forget"].double(), expected, rtol=1e-5, atol=0)
+    delta = 0.2  # open-unlearning's margin is inside: gamma is beta times it
+    expected = 0.25 * -2 / 2.5 * torch.log(torch.sigmoid(2.5 * (nll / lengths - delta))).mean()
+    _, _, objective = setting(SimNPO(beta=2.5, gamma=2.5 * delta, forget_weight=0.25))
     torch.testing.assert_close(objective(roles())["forget"].double(), expected, rtol=1e-5, atol=0)
 
 
@@ -572,5 +614,5 @@ def test_uam_s_losses():
     assert float(start["retain"]) == 0
     torch.testing.assert_close(start["forget"], (0.5 * u / u.norm()).square().mean(), rtol=1e-4, atol=0)
     moved(model, method)
-    h, h0 = (hidden_states(m, data["retain"], 0)[data["retain"].labels != IGNORE] for m in (model, reference))
+    h, h0 = (hidden_states(m, data["retain"], 0)[all_positions(data["retain"])] for m in (model, reference))
     torch.testing.assert_close(objective(data)["retain"], ((h - h0) ** 2).mean(), rtol=1e-4, atol=1e-7)

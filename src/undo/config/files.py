@@ -1,8 +1,10 @@
-"""Files that survive a power cut, plain YAML read fast, and short names for JSON values."""
+"""Files that survive a power cut, plain YAML read fast, JSON of any numbers, and short names for JSON values."""
 
 import hashlib
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +35,24 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON has no NaN and no infinity: both are written as null, which `numbers` reads as NaN."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `as_json` wrote of named numbers, read back."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def digest(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Mean cross entropy per token on packed validation text, by role, with multiple choice beside it if configured."""
 
+import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from undo.config.mistakes import ConfigError
@@ -53,8 +54,8 @@ class TokenCrossEntropy(EvaluationConfig):
             sums = [torch.stack([cross_entropy(model, t) * t.total for t in some]).sum() for some in batches.values()]
             totals = [sum(t.total for t in some) for some in batches.values()]
             by_role = zip(batches, torch.stack(sums).tolist(), totals, strict=True)
-            values = {role: value / total for role, value, total in by_role}
-            if (share := sum(totals) / whole) < 1:
+            values = {role: value / total if total else math.nan for role, value, total in by_role}
+            if (share := sum(totals) / max(1, whole)) < 1:
                 values[SHARE] = share
             tokens = sum(t.input_ids.numel() for some in batches.values() for t in some)
             if full and choices is not None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from undo.config.mistakes import ConfigError
 from undo.lm.read import blocks
-from undo.lm.shape import CountedShape
+from undo.lm.shape import Attention, CountedShape
 from undo.lm.vocabulary import copy_tokenizer
 from undo.lm.weights import require_fit, weight_files
 
@@ -93,23 +93,22 @@ def shape(model: PreTrainedModel) -> CountedShape:
     out, into = cast(nn.Linear, model.get_output_embeddings()), cast(nn.Embedding, model.get_input_embeddings())
     on_top = sum(w.numel() for w in out.parameters())
     embedding = 0 if into.weight is out.weight else into.weight.numel()
-    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    sliding = len(every) if kinds is None else list(kinds).count("sliding_attention")
+    attention = Attention.of(config, len(every))
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
     return CountedShape(
         layers=len(every),
         hidden_size=config.hidden_size,
         intermediate_size=inner,
-        heads=config.num_attention_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
         vocab_size=len(out.weight),
         block_parameters=round(count["blocks"] / len(every)),
         other_parameters=count["all"] - len(every) * round(count["blocks"] / len(every)) - on_top - embedding,
         head_parameters=on_top,
         embedding_parameters=embedding,
-        window=window,
-        sliding_layers=0 if window is None else sliding,
+        window=attention.window,
+        sliding_layers=sum(attention.slides),
     )
 
 

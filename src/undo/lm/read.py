@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from undo.config.mistakes import ConfigError
+from undo.lm import flops
 from undo.lm.attention import masks, unsupported
 from undo.lm.tokens import Tokens, check_tokens
 
@@ -48,13 +49,16 @@ def hidden_states(model: PreTrainedModel, tokens: Tokens, layer: int | None = No
     With `layer` the blocks above it do not run. Raises TypeError for anything but Tokens.
     """
     check_tokens(tokens)
-    if layer is None:
-        return model.base_model(**_inputs(model, tokens)).last_hidden_state
     every = blocks(model)
+    if layer is None:
+        output = model.base_model(**_inputs(model, tokens)).last_hidden_state
+        flops.body_ran(model, every, tokens, output)
+        return output
     if not 0 <= layer < len(every):
         raise ConfigError(f"layer {layer} does not exist: the model has blocks 0 to {len(every) - 1}")
     with _outputs_of([every[layer]]) as (found,), _only(model, layer + 1):
         _uncompiled(model, tokens)
+    flops.body_ran(model, every[: layer + 1], tokens, found[0])
     return found[0]
 
 
@@ -67,6 +71,7 @@ def recorded(model: PreTrainedModel, tokens: Tokens) -> tuple[list[Tensor], list
     with _outputs_of([*every, *cast(list[nn.Module], mlps)]) as found:
         _uncompiled(model, tokens)
     outputs = [output for (output,) in found]
+    flops.body_ran(model, every, tokens, outputs[-1])  # the last MLP: any gradient passes it
     return outputs[: len(every)], outputs[len(every) :]
 
 

@@ -1,6 +1,6 @@
 """What a model's shape says about its cost, before there is a model."""
 
-from typing import Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from undo.config.schema import Count, Frozen
 
@@ -35,6 +35,11 @@ class Shape(Protocol):
 
     def forward_flops(self, length: int) -> int:
         """FLOPs of one forward pass per token in rows of `length`: 2 per weight, and causal attention."""
+        ...
+
+    @property
+    def head_flops(self) -> int:
+        """FLOPs of the head per token, forward: 2 per weight."""
         ...
 
     def first(self, layers: int) -> Self:
@@ -73,10 +78,38 @@ class CountedShape(Frozen):
         seen = full * length + self.sliding_layers * seen_twice(length, self.window)
         return 2 * weights + 2 * seen * self.heads * self.head_dim
 
+    @property
+    def head_flops(self) -> int:
+        return 2 * self.head_parameters
+
     def first(self, layers: int) -> Self:
         sliding = min(self.sliding_layers, layers)
         update = {"layers": layers, "sliding_layers": sliding, "vocab_size": 0, "head_parameters": 0}
         return self.model_copy(update=update | {"embedding_parameters": 0})
+
+
+class Attention(NamedTuple):
+    """What attention costs, of a transformers config."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+    slides: tuple[bool, ...]  # of each layer, whether it sees the window alone
+
+    @classmethod
+    def of(cls, config: Any, layers: int) -> Self:
+        """Of the first `layers`."""
+        heads, kinds = config.num_attention_heads, getattr(config, "layer_types", None)
+        window = getattr(config, "sliding_window", None)
+        slides = [True] * layers if kinds is None else [kind == "sliding_attention" for kind in kinds[:layers]]
+        return cls(
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            window=window,
+            slides=tuple(window is not None and slide for slide in slides),
+        )
 
 
 def seen_twice(length: int, window: int | None) -> int:

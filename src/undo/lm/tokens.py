@@ -24,7 +24,8 @@ class Tokens:
     across it. `total` is the number of labels, and `documents` that of documents with labels, in the *whole* batch of
     the step, over all micro-batches and devices: losses are sums divided by one of them, so that micro-batch gradients
     add up to the gradient of the whole batch. `marked`, bool [rows, length], is where an input differs from the other
-    document of its pair; None: nowhere.
+    document of its pair; None: nowhere. `counted_in_all` is the number of positions of documents with labels in the
+    whole batch; None: `total` + `documents`, as where each token but a document's first is a label.
     """
 
     input_ids: "torch.Tensor"
@@ -33,6 +34,7 @@ class Tokens:
     total: int
     documents: int
     marked: "torch.Tensor | None" = None
+    counted_in_all: int | None = None
 
     @classmethod
     def of(
@@ -65,7 +67,9 @@ class Tokens:
         follows = real[:, :-1] & real[:, 1:]
         shifted[:, :-1] = targets[:, 1:].masked_fill(~follows, IGNORE)
         has_labels = (shifted != IGNORE).any(1)
-        return cls(input_ids.long(), positions, shifted, int((shifted != IGNORE).sum()), int(has_labels.sum()))
+        labelled, documents = int((shifted != IGNORE).sum()), int(has_labels.sum())
+        counted = int(real[has_labels].sum())
+        return cls(input_ids.long(), positions, shifted, labelled, documents, counted_in_all=counted)
 
     def rows(self, start: int, stop: int | None = None, step: int = 1) -> Self:
         part = slice(start, stop, step)
@@ -81,6 +85,14 @@ class Tokens:
         """Without the labels outside `where`, bool [rows, length]. `total` and `documents` stay those of the batch."""
         return replace(self, labels=self.labels.masked_fill(~where, IGNORE))
 
+    def per_label(self, total: "torch.Tensor") -> "torch.Tensor":
+        """A sum over labels as a mean over those of the whole batch; a batch without any has the mean 0."""
+        return total / max(1, self.total)
+
+    def per_document(self, total: "torch.Tensor") -> "torch.Tensor":
+        """A sum over documents as a mean over those of the whole batch; a batch without any has the mean 0."""
+        return total / max(1, self.documents)
+
     def micro_batches(self, rows: int | None) -> Iterator[Self]:
         size = rows or len(self.input_ids)
         for start in range(0, len(self.input_ids), size):
@@ -90,6 +102,18 @@ class Tokens:
     def _labelled(self) -> "torch.Tensor":
         """Where the labels are in the flattened rows, [labels]."""
         return (self.labels.flatten() != IGNORE).nonzero()[:, 0]
+
+    @property
+    def counted(self) -> "torch.Tensor":
+        """Whether each position belongs to a document with a label, its last one included: bool [rows, length]."""
+        document = self.document.flatten() - 1
+        labels = self.labels.new_zeros(len(document)).index_add_(0, document, (self.labels.flatten() != IGNORE).long())
+        return labels[document].view(self.labels.shape) > 0
+
+    @property
+    def positions_counted(self) -> int:
+        """The number of `counted` positions in the whole batch of the step."""
+        return self.total + self.documents if self.counted_in_all is None else self.counted_in_all
 
     @property
     def document(self) -> "torch.Tensor":

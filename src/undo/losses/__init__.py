@@ -1,7 +1,7 @@
 """The losses, each a function of a model and tokens. Their gradients stand beside their formulas in `targets.py`.
 
-Every loss is a sum over the labelled positions of a batch, divided by `tokens.total`. No tensor of [tokens, vocabulary]
-is ever held in full (`linear.py`). Without gradients the same functions only evaluate.
+Every loss is a mean over the labelled positions of a batch, all its micro-batches together, and 0 where it has none. No
+tensor of [tokens, vocabulary] is ever held in full (`linear.py`). Without gradients the same functions only evaluate.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ def cross_entropy(model: PreTrainedModel, tokens: Tokens) -> Tensor:
     """Mean of -log p(label) over the labels. Scalar."""
     check_tokens(tokens)
     target = CrossEntropy(tokens.at_labels(tokens.labels))
-    return linear_loss(tokens.at_labels(hidden_states(model, tokens)), head(model), target) / tokens.total
+    return tokens.per_label(linear_loss(tokens.at_labels(hidden_states(model, tokens)), head(model), target))
 
 
 def uniform_kl(model: PreTrainedModel, tokens: Tokens) -> Tensor:
     """Mean of KL(U || p) over the labelled positions, U uniform over the vocabulary (Section 4, Method B). Scalar."""
     check_tokens(tokens)
-    return linear_loss(tokens.at_labels(hidden_states(model, tokens)), head(model), UniformKL()) / tokens.total
+    return tokens.per_label(linear_loss(tokens.at_labels(hidden_states(model, tokens)), head(model), UniformKL()))
 
 
 def forward_kl(
@@ -41,7 +41,7 @@ def forward_kl(
     with torch.no_grad():
         target = ForwardKL(tokens.at_labels(hidden_states(teacher, tokens)), head(teacher).first(vocabulary))
     hidden = tokens.at_labels(hidden_states(student, tokens))
-    return linear_loss(hidden, head(student).first(vocabulary), target) / tokens.total
+    return tokens.per_label(linear_loss(hidden, head(student).first(vocabulary), target))
 
 
 def undial_kl(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, strength: float) -> Tensor:
@@ -51,7 +51,7 @@ def undial_kl(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens
         target = LoweredKL(
             tokens.at_labels(hidden_states(teacher, tokens)), head(teacher), tokens.at_labels(tokens.labels), strength
         )
-    return linear_loss(tokens.at_labels(hidden_states(student, tokens)), head(student), target) / tokens.total
+    return tokens.per_label(linear_loss(tokens.at_labels(hidden_states(student, tokens)), head(student), target))
 
 
 def document_losses(model: PreTrainedModel, tokens: Tokens) -> Tensor:
@@ -92,9 +92,9 @@ def _add_up(losses: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 
 def activation_mse(hidden: Tensor, target: Tensor, tokens: Tokens) -> Tensor:
-    """Mean squared difference over the labelled positions and all dimensions.
+    """Mean squared difference over all positions of documents with a label, and all dimensions.
 
     hidden: [rows, length, width]; target: the same shape, or [width]. Scalar.
     """
-    target = tokens.at_labels(target) if target.ndim == hidden.ndim else target
-    return (tokens.at_labels(hidden).float() - target.float()).square().mean(-1).sum() / tokens.total
+    squared = (hidden.float() - target.float()).square().mean(-1)
+    return torch.where(tokens.counted, squared, 0.0).sum() / max(1, tokens.positions_counted)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from undo.config.mistakes import ConfigError
+from undo.lm import flops
 from undo.lm.read import Head
 from undo.losses.logits import Logits, add_product, grid
 from undo.losses.targets import Form, LoweredKL, Target
@@ -102,6 +103,10 @@ def _sum_of_tiles(
     if target.teacher is not None:
         same_vocabulary(len(target.teacher[1].weight), len(head.weight))
         teacher = Logits(target.teacher[1], size, precision)
+    products = 1 + (grad_hidden is not None) + (grad_weight is not None)
+    flops.add(2 * len(hidden) * head.weight.numel() * products)
+    if target.teacher is not None:
+        flops.add(2 * len(hidden) * target.teacher[1].weight.numel())
     losses = hidden.new_zeros(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for total in (grad_weight, grad_bias):
         if len(hidden) == 0 and total is not None:

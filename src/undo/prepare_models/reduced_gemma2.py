@@ -64,6 +64,10 @@ class ReducedGemma2(Frozen):
         seen = (self.layers - sliding) * length + sliding * seen_twice(length, self.sliding_window)
         return 2 * self.parameters + 2 * seen * self.heads * self.head_dim
 
+    @property
+    def head_flops(self) -> int:
+        return 2 * self.vocab_size * self.hidden_size
+
     def first(self, layers: int) -> Self:
         """The first `layers` blocks, without the head."""
         return self.model_copy(update={"layers": layers, "vocab_size": 0})

@@ -81,8 +81,13 @@ def as_rows(checked: Sequence[Checked]) -> list[tuple[str, ...]]:
 
 
 def _more(a: Attacked, b: Attacked) -> bool:
-    """Whether the attack brings back more of the forgotten in `a` than in `b`: the mean over all evaluated steps."""
+    """Whether the attack brings back more of the forgotten in `a` than in `b`: the mean over all evaluated steps.
+
+    No where there are none, since all adversaries of one diverged at once.
+    """
     steps = sorted(a.worst_case.keys() & b.worst_case.keys() - {0})
+    if not steps:
+        return False
     first, second = (mean(x.worst_case[step] for step in steps) for x in (a, b))
     return first > second if a.higher_is_better else first < second
 

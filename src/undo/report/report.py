@@ -1,10 +1,10 @@
 """One page about a setting's runs: models, claims, figures, the unlearning sweep, and the cost."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from undo.config.units import si
@@ -13,6 +13,7 @@ from undo.report.subject import subject
 from undo.report.tables import after_noise, beaten, choices, compute, points, unlearning_sweep
 from undo.results.attacked import Result
 from undo.results.results import Results
+from undo.results.seeds import median
 from undo.results.text import as_text, escaped, markdown
 
 
@@ -83,6 +84,8 @@ def over_seeds(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
         values = [row[column] for row in rows if row["model"] == model and row[column] is not None]
         if not values:
             return "-"
+        if lost := sum(map(math.isnan, values)):
+            return f"diverged on {lost} of {len(values)} seed{'s' * (len(values) > 1)}"
         digits = 0 if column == "steps" else 3
         if len(values) == 1:
             return f"{values[0]:.{digits}f} (one seed)"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite, nan
 from statistics import fmean
 from typing import Any, Final, get_args
 
@@ -66,10 +67,18 @@ class Result:
 
 
 def worst_case(curves: Sequence[Curve], higher_is_better: bool) -> Curve:
-    """At each step the best forget performance over several adversaries; a diverged one counts up to its end."""
+    """At each step the best forget performance over several adversaries.
+
+    A diverged one counts up to its end, and not where its performance is not finite. No step where none counts.
+    """
     best = max if higher_is_better else min
-    steps = sorted(set().union(*curves))
-    return {step: best(curve[step] for curve in curves if step in curve) for step in steps}
+    return {step: best(values) for step, values in _by_step(curves).items()}
+
+
+def _by_step(curves: Sequence[Curve]) -> dict[int, list[float]]:
+    """The finite performances at each step at which there is one."""
+    found = {step: [c[step] for c in curves if isfinite(c.get(step, nan))] for step in sorted(set().union(*curves))}
+    return {step: values for step, values in found.items() if values}
 
 
 @dataclass(frozen=True)
@@ -120,9 +129,9 @@ class Attacked:
     def average(self) -> Curve:
         """At each step the mean forget performance over the adversaries that got so far."""
         curves = [adversary.curve("forget") for adversary in self.adversaries]
-        steps = sorted(set().union(*curves))
-        return {step: fmean(curve[step] for curve in curves if step in curve) for step in steps}
+        return {step: fmean(values) for step, values in _by_step(curves).items()}
 
     @property
     def last(self) -> float:
-        return self.worst_case[max(self.worst_case)]
+        """NaN where no adversary ever had a finite performance."""
+        return self.worst_case[max(self.worst_case)] if self.worst_case else nan

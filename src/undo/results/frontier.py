@@ -1,16 +1,20 @@
 """Which of several (retain, forget) performances no other one beats."""
 
+import math
 from collections.abc import Mapping
 
 Directions = tuple[bool, bool]  # whether more is better: of retain and of forget performance
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]], more_is_better: Directions) -> list[str]:
-    """Which (retain, forget) performances no other one beats: better on retain and worse on forget, or equal in one."""
+    """Which (retain, forget) performances no other one beats: better on retain and worse on forget, or equal in one.
+
+    One that is not finite is on no front.
+    """
     return [
         label
         for label, mine in points.items()
-        if not any(beats(other, mine, more_is_better) for other in points.values())
+        if all(map(math.isfinite, mine)) and not any(beats(other, mine, more_is_better) for other in points.values())
     ]
 
 

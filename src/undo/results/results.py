@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import nan
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
 from undo.config.mistakes import ConfigError
@@ -13,6 +13,7 @@ from undo.config.schema import Raw
 from undo.results.arms import Arm, Oracle, Reference, Undo, Unlearned, arm_of, method_of
 from undo.results.attacked import Attacked, Result
 from undo.results.labels import distinct
+from undo.results.seeds import median
 from undo.results.shown import SPARE, Look, Shown
 from undo.runs.directory import RunDirectory
 
@@ -126,9 +127,11 @@ class Results:
     def attack_steps(self) -> tuple[int, ...]:
         """Before, moderate and whole attack: 0, 40 and 500 of the paper's 500 steps, the same shares of fewer ones.
 
-        Steps at which every attacked model was evaluated; fewer than three where there are not so many.
+        Steps at which every attacked model was evaluated, but one that was never finite; fewer than three where there
+        are not so many.
         """
-        common = set.intersection(*(set(a.worst_case) for a in self.attacked)) if self.attacked else set()
+        evaluated = [set(a.worst_case) for a in self.attacked if a.worst_case]
+        common = set.intersection(*evaluated) if evaluated else set()
         later = sorted(common - {0})
         if not later:
             return tuple(common)
@@ -244,7 +247,7 @@ class Results:
         return {
             label: (
                 median(a.model.facts["evaluation"]["retain"] for a in members),
-                median(a.worst_case[step] for a in members),
+                median(a.worst_case.get(step, nan) for a in members),
             )
             for label, members in self.compared.items()
         }
@@ -256,9 +259,13 @@ class Results:
         return first.model.higher_is_better, first.higher_is_better
 
     def compute(self, attacked: Attacked) -> float | None:
-        """S_student / S_oracle, S = training steps (Figure 5); None without the oracle."""
+        """S_student / S_oracle, S = training tokens (Figure 5); None without the oracle.
+
+        The paper's S is training steps. Where a step of distillation has fewer rows than one of pretraining, as in its
+        language setting (240 and 400), that overstates what distillation takes.
+        """
         oracle = self.oracle_of(attacked)
-        return None if oracle is None else attacked.model.facts["steps"] / oracle.model.facts["steps"]
+        return None if oracle is None else attacked.model.facts["tokens"] / oracle.model.facts["tokens"]
 
     def oracle_of(self, attacked: Attacked) -> Attacked | None:
         """The oracle of the same world: its seed is that of the model's teacher, where there is one."""

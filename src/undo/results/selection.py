@@ -6,6 +6,7 @@ that forgets most, and of these the Pareto front. Choose the run that retains be
 one nearest the middle between them. A front of fewer than three runs is filled up with the runs that retain best.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -26,11 +27,17 @@ class Point(NamedTuple):
 
 
 def across_the_frontier(points: Sequence[Point], start: float, higher_is_better: bool) -> dict[str, Point]:
-    """Rank -> point. `start`: forget performance before unlearning. Raises ConfigError for fewer than three points."""
+    """Rank -> point, of those that did not diverge. `start`: forget performance before unlearning.
+
+    Raises ConfigError for fewer than three points.
+    """
     from undo.results.frontier import pareto_front
 
+    points = [point for point in points if math.isfinite(point.retain) and math.isfinite(point.forget)]
     if len(points) < len(RANKS):
-        raise ConfigError(f"three points are to be chosen from a search of {len(points)}; sweep more values")
+        raise ConfigError(
+            f"three points are to be chosen from a search of {len(points)} that did not diverge; sweep more values"
+        )
     sign = 1 if higher_is_better else -1
     forgotten = {point: sign * (start - point.forget) for point in points}
     most = max(forgotten.values())

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ def as_text(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     def cell(column: str, value: Any) -> str:
         if value is None:
             return "-"
+        if isinstance(value, float) and math.isnan(value):
+            return "diverged"
         if column == "flops":
             return f"{value:.2e}"
         return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -2,7 +2,8 @@
 
 runs/<setting>/<stage>/<name>/
     config.yaml      resolved: exactly what the process reads
-    metrics.jsonl    one JSON object a line, keyed by step; the same bytes whether or not the run was interrupted
+    metrics.jsonl    one JSON object a line, keyed by step, null what is not finite; the same bytes whether or not the
+                     run was interrupted
     log.txt          what the process printed
     checkpoint/      resume state, replaced atomically, gone when the run is done
     model/           a Hugging Face folder
@@ -22,7 +23,7 @@ from typing import Any, Final, Self
 
 from pydantic import ValidationError
 
-from undo.config.files import digest, dump_yaml, load_yaml, open_lock, sync, write_atomically
+from undo.config.files import digest, dump_yaml, load_yaml, numbers, open_lock, sync, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Raw, StageConfig, as_raw, differences
 from undo.runs import checksums
@@ -78,6 +79,8 @@ class RunDirectory:
             raise ConfigError(f"{path}: is damaged ({error}); {AFRESH}") from None
         if not isinstance(facts, dict) or not facts:
             raise ConfigError(f"{path}: is damaged: it holds no facts; {AFRESH}")
+        if isinstance(found := facts.get("evaluation"), dict):
+            facts["evaluation"] = numbers(found)
         return facts
 
     def fact(self, name: str) -> Any:
@@ -162,7 +165,7 @@ class RunDirectory:
             if not (isinstance(record, dict) and "step" in record if wanted else line[:1] + line[-1:] == "{}"):
                 raise ConfigError(f"{path} line {number}: is damaged; {AFRESH}")
             if record is not None:
-                yield record
+                yield numbers(record)
         if self._checksums.get(path.name) not in (None, checksums.of_bytes(content)):
             raise ConfigError(f"{path}: is not what the run recorded; {AFRESH}")
 

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import xxhash
 
-from undo.config.files import sync, write_atomically
+from undo.config.files import as_json, sync, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import StageConfig, as_raw
 from undo.runs import checksums
@@ -52,7 +52,7 @@ class Run(RunDirectory):
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl. No clock goes in here: an interrupted run must write the same bytes."""
-        line = json.dumps({"step": step, **values}).encode() + b"\n"
+        line = as_json({"step": step, **values}).encode() + b"\n"
         self._metrics.write(line)
         self._metrics.flush()
         self._recorded.update(line)
@@ -72,7 +72,7 @@ class Run(RunDirectory):
         os.fsync(self._metrics.fileno())
         records = {"metrics_bytes": self._metrics.tell(), "metrics_checksum": self._recorded.hexdigest()}
         seconds = self._seconds_before + time.monotonic() - self._started
-        note = json.dumps({**progress, **records, "seconds": seconds})
+        note = as_json({**progress, **records, "seconds": seconds})
         self._checkpoint.parent.mkdir(exist_ok=True)
         partial = self._checkpoint.with_suffix(".partial")
         save_file(dict(tensors), partial, {"progress": note, "checksum": checksums.of_tensors(tensors, note)})
@@ -162,7 +162,7 @@ class Run(RunDirectory):
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **environment(),
         }
-        write_atomically(self.folder / "run.json", json.dumps(content, indent=1))
+        write_atomically(self.folder / "run.json", as_json(content, indent=1))
         shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
 
 

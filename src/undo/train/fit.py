@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from undo.config.files import digest, open_lock, write_atomically
+from undo.config.files import as_json, digest, numbers, open_lock, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import RunName, as_raw
 from undo.evaluate.evaluator import Measured
@@ -87,13 +87,13 @@ def fit(
         with torch.no_grad(), mixed_precision(training, model.device):
             evaluation, _ = ranks.of_the_leader(evaluator(model, True))
     if run.leads:  # for those who start as this model
-        write_atomically(evaluation_file(run, cfg), json.dumps(evaluation))
+        write_atomically(evaluation_file(run, cfg), as_json(evaluation))
     size = shape(model)
     return {
         "steps": outcome.steps,
         "tokens": outcome.tokens,
         "tokens_per_second": outcome.tokens_per_second,
-        "flops": cfg.flops_per_token(size, length) * outcome.tokens,
+        "flops": outcome.flops,
         "evaluation_flops": size.forward_flops(length) * outcome.evaluation_tokens,
         "parameters": size.parameters,
         "precision": training.precision,
@@ -136,7 +136,7 @@ def shared_evaluation(of: RunDirectory, cfg: TrainingStage, measure: Callable[[]
         if found is not None:
             return found
         measured = measure()
-        write_atomically(file, json.dumps(measured.values))
+        write_atomically(file, as_json(measured.values))
     return measured
 
 
@@ -146,7 +146,7 @@ def _left_there(file: Path) -> Measured | None:
         values = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return Measured(values, 0) if isinstance(values, dict) and values else None
+    return Measured(numbers(values), 0) if isinstance(values, dict) and values else None
 
 
 def evaluation_file(of: RunDirectory, cfg: TrainingStage) -> Path:

@@ -1,6 +1,6 @@
 """The gradient of a whole batch, exact over micro-batches and devices, as often as a step asks for it."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,21 +9,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from undo.lm.tokens import Batch
+from undo.losses.terms import OnDemand
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
 
-Objective = Callable[[Batch], dict[str, Tensor]]  # named, already weighted terms; the loss is their sum
+Objective = Callable[[Batch], Mapping[str, Tensor]]  # named, already weighted terms; the loss is their sum
 Terms = dict[str, Tensor]  # their values, of a whole batch
 Gradients = Sequence[Tensor | None]  # one for each trained weight, None where the terms do not depend on it
 
 
 class Gradient(Protocol):
-    """The gradient of the sum of the named terms (None: all) on the step's whole batch, at the weights as they are.
+    """The gradient of the sum of some terms on the step's whole batch, at the weights as they are; and their values.
 
-    It is exact over micro-batches and devices, and may be called any number of times in a step. `progress` is the share
-    of the training that is done, from 0 to 1; `weights` are the trained ones.
+    names: which terms; None: all. without: those that are left out. It is exact over micro-batches and devices, and may
+    be called any number of times in a step. A term that is not asked for does not run if the objective is OnDemand.
+    `progress` is the share of the training that is done, from 0 to 1; `weights` are the trained ones.
     """
 
     @property
@@ -32,7 +34,9 @@ class Gradient(Protocol):
     @property
     def progress(self) -> float: ...
 
-    def __call__(self, names: Collection[str] | None = None) -> tuple[Terms, Gradients]: ...
+    def __call__(
+        self, names: Collection[str] | None = None, *, without: Collection[str] = ()
+    ) -> tuple[Terms, Gradients]: ...
 
 
 Step = Callable[[Gradient], tuple[Terms, Gradients]]  # what the optimiser takes as the gradient, and what is recorded
@@ -55,16 +59,40 @@ class BatchGradient:
     devices: "PartialState"
     autocast: torch.autocast
 
-    def __call__(self, names: Collection[str] | None = None) -> tuple[Terms, Gradients]:
+    def __call__(
+        self, names: Collection[str] | None = None, *, without: Collection[str] = ()
+    ) -> tuple[Terms, Gradients]:
+        def asked(name: str) -> bool:
+            return (names is None or name in names) and name not in without
+
+        outer: dict[str, Callable[[Tensor], Tensor]] = {}
+        terms, gradients = self._sums(asked, outer)
+        for name, function in outer.items():
+            sums, own = self._sums(lambda n, name=name: n == name)
+            value, slope = _slope(function, sums[name])
+            terms[name], gradients = value, _add_in_place(gradients, own, slope)
+        return terms, gradients
+
+    def _sums(
+        self, asked: Callable[[str], bool], outer: dict[str, Callable[[Tensor], Tensor]] | None = None
+    ) -> tuple[Terms, Gradients]:
+        """The terms' sums over the whole batch, and their gradient. Curved terms go to `outer` instead, where given."""
         terms: Terms = {}
         mine = [t.rows(self.devices.process_index, step=self.devices.num_processes) for t in self.batch.values()]
         for parts in zip(*(tokens.micro_batches(self.micro_rows) for tokens in mine), strict=True):
             with self.autocast:
                 part = self.objective({n: t.to(self.devices.device) for n, t in zip(self.batch, parts, strict=True)})
-            wanted = [value for name, value in part.items() if names is None or name in names]
+                curved = part.outer if isinstance(part, OnDemand) else {}
+                if outer is not None:
+                    outer |= {name: curved[name] for name in curved if asked(name)}
+                wanted = {
+                    name: part.summand(name) if isinstance(part, OnDemand) else part[name]
+                    for name in part
+                    if asked(name) and (outer is None or name not in curved)
+                }
             if wanted:
-                torch.stack(wanted).sum().backward()
-            for name, value in part.items():
+                torch.stack([*wanted.values()]).sum().backward()
+            for name, value in wanted.items():
                 terms[name] = terms.get(name, 0) + value.detach()
         gradients: Gradients = [weight.grad for weight in self.weights]
         for weight in self.weights:
@@ -74,6 +102,22 @@ class BatchGradient:
         )  # what is divided is summed already
         _add_up_over_devices([*terms.values(), *own], self.devices)
         return terms, gradients
+
+
+def _slope(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, float]:
+    """A function's value and its derivative."""
+    with torch.enable_grad():
+        value = function(at := at.detach().requires_grad_())
+        (slope,) = torch.autograd.grad(value, at)
+    return value.detach(), float(slope)
+
+
+def _add_in_place(total: Gradients, own: Gradients, factor: float) -> Gradients:
+    """total + factor own, in the memory of either."""
+    return [
+        (None if y is None else y.mul_(factor)) if x is None else x if y is None else x.add_(y, alpha=factor)
+        for x, y in zip(total, own, strict=True)
+    ]
 
 
 def _add_up_over_devices(parts: Iterable[Tensor], devices: "PartialState") -> None:

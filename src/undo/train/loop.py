@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from undo.config.files import numbers
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Execution, Training
 from undo.data.stream import MixedStream
 from undo.evaluate.evaluator import Measured
+from undo.lm import flops
 from undo.runs import ranks
 from undo.runs.directory import Diverged, Interrupted
 from undo.runs.ranks import this_process
@@ -31,10 +33,12 @@ Stop = Callable[[Mapping[str, float]], bool]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished loop returns: optimiser steps, tokens trained on and evaluated on, and the last evaluation."""
+    """What a finished loop returns: optimiser steps, tokens trained on and evaluated on, FLOPs of the steps, and the
+    last evaluation."""
 
     steps: int
     tokens: int
+    flops: int
     evaluation_tokens: int
     evaluation: dict[str, float]
     tokens_per_second: float | None = field(default=None, compare=False)  # of all devices, evaluation left out
@@ -108,7 +112,8 @@ def train(
             gradient = BatchGradient(
                 objective, batch, weights, done.step / cfg.steps, execution.micro_rows, devices, autocast
             )
-            terms, gradients = step(gradient)
+            with flops.counted() as count:
+                terms, gradients = step(gradient)
             for weight, total in zip(weights, gradients, strict=True):
                 weight.grad = total
             norm = shard.clip(weights, cfg.clip_norm)
@@ -124,10 +129,12 @@ def train(
             done.step += 1
             tokens = sum(tokens.input_ids.numel() for tokens in batch.values())
             done.tokens += tokens
+            mine = len(range(devices.process_index, cfg.batch_rows, devices.num_processes))
+            done.flops += count.total * cfg.batch_rows // mine
             pace.took(time.perf_counter() - began, tokens)
             by_name = {f"loss/{name}": value for name, value in zip(terms, values, strict=True)}
             recorder.record(done.step, {"loss": sum(values), **by_name, "grad_norm": norm, "learning_rate": rate})
-    return Outcome(done.step, done.tokens, done.evaluation_tokens, done.evaluation, pace.tokens_per_second)
+    return Outcome(done.step, done.tokens, done.flops, done.evaluation_tokens, done.evaluation, pace.tokens_per_second)
 
 
 def _optimizer(weights: Sequence[nn.Parameter], cfg: Training) -> torch.optim.Optimizer:
@@ -184,6 +191,7 @@ class _Progress:
     evaluated: int = -1  # the step of the last evaluation
     evaluation: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
+    flops: int = 0
     evaluation_tokens: int = 0
 
 
@@ -229,4 +237,4 @@ def _resume(
                 optimizer.state[weight][name] = shard.like(value, weight) if same else value.to(weight.device)
     if rng is not None:
         rng.set_state(tensors["rng"])
-    return _Progress(**progress)
+    return _Progress(**{**progress, "evaluation": numbers(progress["evaluation"])})

@@ -87,7 +87,7 @@ class TrainingStage(StageConfig):
         return 0
 
     def flops_per_token(self, model: Shape, length: int) -> int:
-        """FLOPs per token of a training step: 3 forward passes, and more if a second model runs along."""
+        """FLOPs per token of a training step, for estimates: 3 forward passes, and those of any other model."""
         return 3 * model.forward_flops(length)
 
     def check(self) -> None:

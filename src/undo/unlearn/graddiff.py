@@ -15,11 +15,12 @@ class GradDiff(Weighted):
 
     def objective(self, model, reference, rng):
         from undo.losses import cross_entropy
+        from undo.losses.terms import OnDemand
 
         def terms(batch):
-            found = {"forget": -self.forget_weight * cross_entropy(model, batch["forget"])}
+            found = {"forget": lambda: -self.forget_weight * cross_entropy(model, batch["forget"])}
             if self.alpha:
-                found["retain"] = self.alpha * cross_entropy(model, batch["retain"])
-            return found
+                found["retain"] = lambda: self.alpha * cross_entropy(model, batch["retain"])
+            return OnDemand(found)
 
         return terms

@@ -14,6 +14,7 @@ from torch import nn
 
 from undo.config.mistakes import ConfigError
 from undo.data.store import TokenStore
+from undo.lm import flops
 from undo.losses import cross_entropy
 from undo.runs.directory import RunDirectory
 from undo.train import shard
@@ -44,7 +45,8 @@ def begin(
 
     def step(gradient: Gradient) -> tuple[Terms, Gradients]:
         if gradient.progress == 0:
-            record(0, gradient_norms(gradient, method))
+            with flops.uncounted():
+                record(0, gradient_norms(gradient, method))
         return method.step(gradient, rng)
 
     return objective, step
@@ -66,7 +68,7 @@ def gradient_norms(gradient: Gradient, method: Method) -> dict[str, float]:
 
     Raises ConfigError for a term that has none.
     """
-    terms, _ = gradient(())
+    terms, _ = gradient()
     norms = {}
     for term in terms:
         _, alone = gradient([term])

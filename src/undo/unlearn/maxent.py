@@ -1,5 +1,6 @@
 from typing import ClassVar, Literal
 
+from undo.config.schema import Role
 from undo.lm.shape import Shape
 from undo.unlearn.method import Weighted
 
@@ -37,6 +38,7 @@ class MaxEnt(Weighted):
 
     def objective(self, model, reference, rng):
         from undo.losses import cross_entropy, forward_kl, uniform_kl
+        from undo.losses.terms import OnDemand
 
         def retain(tokens):
             if self.retain == "cross_entropy":
@@ -45,12 +47,13 @@ class MaxEnt(Weighted):
             return forward_kl(model, reference, tokens)
 
         def terms(batch):
-            found = {"uniform": self.forget_weight * uniform_kl(model, batch["forget"])}
+            found = {"uniform": lambda: self.forget_weight * uniform_kl(model, batch["forget"])}
             if self.alpha:
-                found["retain"] = self.alpha * retain(batch["retain"])
-            return found
+                found["retain"] = lambda: self.alpha * retain(batch["retain"])
+            return OnDemand(found)
 
         return terms
 
-    def flops_per_token(self, model: Shape, length: int) -> int:
-        return round((3.5 if self.retain == "kl" else 3) * model.forward_flops(length))  # the reference on half of them
+    def role_flops(self, role: Role, model: Shape, length: int) -> int:
+        extra = model.forward_flops(length) if role == "retain" and self.needs_reference and self.alpha else 0
+        return super().role_flops(role, model, length) + extra

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from undo.config.schema import Frozen, NonNegative
+from undo.config.schema import Frozen, NonNegative, Role
 from undo.lm.shape import Shape
 
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ class Method(Frozen):
     ) -> "Objective":
         """A function from a batch with the roles `retain` and `forget` to named, weighted loss terms.
 
-        `reference` is frozen, and None unless `needs_reference`. Draw everything random from `rng` before returning the
-        function: it may be called several times in a step, and must give the same answer each time.
+        Terms that are OnDemand run only where a step asks for them; a dict runs whole. `reference` is frozen, and None
+        unless `needs_reference`. Draw everything random from `rng` before returning the function: it may be called
+        several times in a step, and must give the same answer each time.
         """
         raise TypeError(f"{type(self).__name__} has no objective")
 
@@ -85,9 +86,16 @@ class Method(Frozen):
         """Whether the parameter of this name is trained."""
         return True
 
-    def flops_per_token(self, model: Shape, length: int) -> int:
-        """FLOPs of a step per token. The default: forward and backward through the whole model, 3 forward passes."""
+    def role_flops(self, role: Role, model: Shape, length: int) -> int:
+        """FLOPs of a step per token of a role, for estimates: a run counts what it does (lm/flops.py).
+
+        The default: forward and backward through the whole model, 3 forward passes.
+        """
         return 3 * model.forward_flops(length)
+
+    def flops_per_token(self, model: Shape, length: int) -> int:
+        """The mean over the roles, which have as many tokens each."""
+        return sum(self.role_flops(role, model, length) for role in ("forget", "retain")) // 2
 
 
 class Weighted(Method):
@@ -105,6 +113,9 @@ class Weighted(Method):
     @property
     def forget_weight(self) -> float:
         return 1 - self.alpha if self.convex else 1.0
+
+    def role_flops(self, role: Role, model: Shape, length: int) -> int:
+        return super().role_flops(role, model, length) if role == "forget" or self.alpha else 0
 
 
 class OnBlocks(Method):
@@ -133,6 +144,13 @@ class OnBlocks(Method):
         match = re.search(r"\blayers\.(\d+)\.mlp\.down_proj\.", parameter)
         return match is not None and int(match[1]) in self.trained_layers
 
-    def flops_per_token(self, model: Shape, length: int) -> int:
-        used = model.first(self.layer + 1)  # nothing above, and no head
-        return round(3.5 * used.forward_flops(length))  # forward and backward, and the reference on half the tokens
+    def flops_of_passes(self, model: Shape, length: int, layers: int | None = None) -> tuple[int, int]:
+        """FLOPs per token of a forward and of a backward pass through the blocks up to `layer`, or the first `layers`.
+
+        Backward, gradients of activations reach down to the lowest trained block; they cost one forward pass, that of
+        attention two. Only the trained matrices have gradients of their own.
+        """
+        used, untouched = model.first(layers or self.layer + 1), model.first(min(self.trained_layers) + 1)
+        linear, whole = (used.forward_flops(n) - untouched.forward_flops(n) for n in (0, length))
+        own = 2 * model.hidden_size * model.intermediate_size * len(set(self.trained_layers))
+        return used.forward_flops(length), linear + 2 * (whole - linear) + own

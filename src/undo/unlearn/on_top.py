@@ -4,6 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from undo.config.schema import Role
+from undo.lm.shape import Shape
 from undo.unlearn.maxent import MaxEnt
 from undo.unlearn.method import Method
 from undo.unlearn.plain import PlainMethod
@@ -31,3 +33,10 @@ class OnTop(Method):
 
     def trains(self, parameter: str) -> bool:
         return self.base.trains(parameter)
+
+    @property
+    def held_per_weight(self) -> int:
+        return self.base.held_per_weight
+
+    def role_flops(self, role: Role, model: Shape, length: int) -> int:
+        return self.base.role_flops(role, model, length)

@@ -1,7 +1,8 @@
 from typing import ClassVar, Literal
 
-from undo.config.schema import Count, NonNegative
+from undo.config.schema import Count, NonNegative, Role
 from undo.lm.shape import Shape
+from undo.unlearn.method import OnBlocks
 from undo.unlearn.on_top import OnTop
 
 
@@ -45,6 +46,8 @@ class RepNoise(OnTop):
         return self.paired
 
     def objective(self, model, reference, rng):
+        from functools import cache
+
         import torch
 
         from undo.lm.read import final_norm, head, recorded
@@ -56,28 +59,39 @@ class RepNoise(OnTop):
         seed = int(torch.randint(2**62, (), generator=rng))
 
         def terms(batch):
-            found, forget = base(batch), batch["forget"]
-            blocks, mlps = recorded(model, forget)
+            forget, found = batch["forget"], {}
+            outputs = cache(lambda: recorded(model, forget))  # one pass for both terms
             read = said = forget
             if self.paired:
                 differs = torch.zeros_like(forget.labels, dtype=torch.bool) if forget.marked is None else forget.marked
                 read, said = forget.labelled(differs), forget.labelled(differs.roll(-1, 1))
-            if self.noise_weight:
-                noise = noise_distance(mlps, read, self.sample, seed)
-                found["noise"] = self.noise_weight * noise / forget.documents
-            if self.ascent_weight:
-                ascent = of_documents(
-                    [norm(block) for block in blocks],
+
+            def noise():
+                value = noise_distance(outputs()[1], read, self.sample, seed)
+                return forget.per_document(self.noise_weight * value)
+
+            def ascent():
+                value = of_documents(
+                    [norm(block) for block in outputs()[0]],
                     head(model),
                     said,
                     lambda nll, length: torch.log1p((nll / length).mean(0)),
                 )
-                found["ascent"] = -self.ascent_weight * ascent / forget.documents
-            return found
+                return forget.per_document(-self.ascent_weight * value)
+
+            if self.noise_weight:
+                found["noise"] = noise
+            if self.ascent_weight:
+                found["ascent"] = ascent
+            return base(batch).and_also(found)
 
         return terms
 
-    def flops_per_token(self, model: Shape, length: int) -> int:
-        body, head = model.first(model.layers).forward_flops(length), 2 * model.vocab_size
-        own = 3 * body + 4 * model.layers * head * model.hidden_size
-        return self.base.flops_per_token(model, length) + own // 2  # on half the tokens
+    def role_flops(self, role: Role, model: Shape, length: int) -> int:
+        flops, body = super().role_flops(role, model, length), 3 * model.first(model.layers).forward_flops(length)
+        head = 4 * model.layers * model.head_flops  # of every block: values, then values and two gradients
+        if isinstance(self.base, OnBlocks):  # the head is not trained, and little of the body
+            body, head = sum(self.base.flops_of_passes(model, length, model.layers)), head * 3 // 4
+        if role == "forget" and (self.noise_weight or self.ascent_weight):
+            flops += body + head * bool(self.ascent_weight)
+        return flops

@@ -1,6 +1,7 @@
 from typing import ClassVar, Final, Literal
 
-from undo.config.schema import NonNegative, Positive
+from undo.config.schema import NonNegative, Positive, Role
+from undo.lm.shape import Shape
 from undo.unlearn.method import OnBlocks, Weighted
 
 LANGUAGE: Final = {"layer": 11, "trained_layers": [5, 6, 7, 8, 9, 10, 11], "c": 6.5, "alpha": 1200.0}  # Table 5, D.1
@@ -63,6 +64,7 @@ class RMU(Weighted, OnBlocks):
 
         from undo.lm.read import hidden_states
         from undo.losses import activation_mse
+        from undo.losses.terms import OnDemand
 
         assert reference is not None
         draw = torch.randn if self.direction == "normal" else torch.rand
@@ -73,16 +75,25 @@ class RMU(Weighted, OnBlocks):
         def activations(of, tokens):
             return hidden_states(of, tokens, self.layer)
 
-        def terms(batch):
+        def misdirect(tokens):
             target = push
             if self.coefficient == "adaptive":
-                target = activations(reference, batch["forget"]).float().norm(dim=-1, keepdim=True) * push
-            forget = hidden_states(model, batch["forget"], self.layer)
-            found = {"misdirect": self.forget_weight * activation_mse(forget, target, batch["forget"])}
+                target = activations(reference, tokens).float().norm(dim=-1, keepdim=True) * push
+            return activation_mse(hidden_states(model, tokens, self.layer), target, tokens)
+
+        def preserve(tokens):
+            kept = activations(reference, tokens)
+            return activation_mse(hidden_states(model, tokens, self.layer), kept, tokens)
+
+        def terms(batch):
+            found = {"misdirect": lambda: self.forget_weight * misdirect(batch["forget"])}
             if self.alpha:
-                kept, retain = activations(reference, batch["retain"]), batch["retain"]
-                held = activation_mse(hidden_states(model, retain, self.layer), kept, retain)
-                found["preserve"] = self.alpha * held
-            return found
+                found["preserve"] = lambda: self.alpha * preserve(batch["retain"])
+            return OnDemand(found)
 
         return terms
+
+    def role_flops(self, role: Role, model: Shape, length: int) -> int:
+        forward, backward = self.flops_of_passes(model, length)
+        runs_reference = role == "retain" or self.coefficient == "adaptive"
+        return (1 + runs_reference) * forward + backward if role == "forget" or self.alpha else 0

@@ -1,6 +1,6 @@
 from typing import ClassVar, Literal
 
-from undo.config.schema import Count, NonNegative, Positive
+from undo.config.schema import Count, NonNegative, Positive, Role
 from undo.lm.shape import Shape
 from undo.unlearn.on_top import OnTop
 
@@ -12,8 +12,7 @@ class SAM(OnTop):
                      (2025)
     ascent: total    g = grad L(w), and the step is grad L(w + rho g / ||g||): the authors of UNDO
 
-    `official` is on NPO with the values of its code. Its NLL is a mean over the batch; that of NPO here is a document's
-    sum.
+    `official` is on NPO as its code has it: its beta and weight belong to an NLL that is the mean over a batch.
     """
 
     name: Literal["sam"] = "sam"
@@ -26,7 +25,7 @@ class SAM(OnTop):
         "official": {
             "ascent": "forget",
             "rho": 0.01,
-            "base": {"name": "npo", "beta": 0.015, "retain_weight": 2.25},
+            "base": {"name": "npo", "nll": "batch_mean", "beta": 0.015, "retain_weight": 2.25},
         },
     }
 
@@ -35,7 +34,9 @@ class SAM(OnTop):
 
     @property
     def held_per_weight(self) -> int:
-        return 8 if self.ascent == "forget" else 4  # forget: the sharp gradient and the sum; total: the weights' copy
+        if self.ascent == "forget":
+            return 8  # the sharp gradient and the sum
+        return 4 + self.base.held_per_weight  # the copy of the weights
 
     def step(self, gradient, rng):
         from undo.train.shift import add, shifted, to_length
@@ -45,16 +46,21 @@ class SAM(OnTop):
         with shifted(gradient.weights, to_length(ascent, self.rho)):
             del ascent  # as large as the model
             _, sharp = gradient(names)
-        return terms, sharp if names is None else add(sharp, gradient(terms.keys() - set(names))[1])
+        if names is None:
+            return terms, sharp
+        others, rest = gradient(without=names)
+        return {**terms, **others}, add(sharp, rest)
 
-    def flops_per_token(self, model: Shape, length: int) -> int:
-        return (3 if self.ascent == "forget" else 2) * self.base.flops_per_token(model, length)
+    def role_flops(self, role: Role, model: Shape, length: int) -> int:
+        passes = 2 if role == "forget" or self.ascent == "total" else 1
+        return passes * super().role_flops(role, model, length)
 
 
 class Smoothing(OnTop):
     """Random smoothing (Fan et al. 2025): the forget gradient is the mean over `samples` of w + sigma N(0, 1).
 
-    `faithful` is on NPO with the values of its code, as in SAM's `official`.
+    `faithful` is on NPO as its code has it, as in SAM's `official`. The recorded forget loss is the last
+    sample's: another pass would be needed for that at w.
     """
 
     name: Literal["smoothing"] = "smoothing"
@@ -63,7 +69,11 @@ class Smoothing(OnTop):
     color: ClassVar = "#AA4499"
     student_color: ClassVar = "#D8A5CF"
     presets: ClassVar = {
-        "faithful": {"sigma": 1e-4, "samples": 3, "base": {"name": "npo", "beta": 0.0125, "retain_weight": 2.0}}
+        "faithful": {
+            "sigma": 1e-4,
+            "samples": 3,
+            "base": {"name": "npo", "nll": "batch_mean", "beta": 0.0125, "retain_weight": 2.0},
+        }
     }
 
     sigma: Positive = 1e-4
@@ -86,8 +96,8 @@ class Smoothing(OnTop):
                 terms, part = gradient(names)
             smooth = add(smooth, part, 1 / self.samples)
             del part  # as large as the model
-        terms, others = gradient(terms.keys() - set(names))
-        return terms, add(smooth, others)
+        others, rest = gradient(without=names)
+        return {**terms, **others}, add(smooth, rest)
 
-    def flops_per_token(self, model: Shape, length: int) -> int:
-        return (1 + self.samples) * self.base.flops_per_token(model, length)
+    def role_flops(self, role: Role, model: Shape, length: int) -> int:
+        return (self.samples if role == "forget" else 1) * super().role_flops(role, model, length)

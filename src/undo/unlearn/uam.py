@@ -2,7 +2,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from undo.config.schema import NonNegative, Positive
+from undo.config.schema import NonNegative, Positive, Role
 from undo.lm.shape import Shape
 from undo.unlearn.method import Method, OnBlocks
 
@@ -74,20 +74,27 @@ class UAM(Method):
 
         from undo.lm.read import hidden_states
         from undo.losses import activation_mse, cross_entropy
+        from undo.losses.terms import OnDemand
 
         if self.loss == "cross_entropy":
-            return lambda batch: {role: cross_entropy(model, batch[role]) for role in ("forget", "retain")}
 
-        assert reference is not None
-        direction = torch.randn(model.config.hidden_size, generator=rng)
-        moved = {"forget": (self.offset * direction / direction.norm()).to(model.device), "retain": 0.0}
+            def loss(role, tokens):
+                return cross_entropy(model, tokens)
 
-        def distance(batch, role):
-            with torch.no_grad():
-                start = hidden_states(reference, batch[role], self.layer) + moved[role]
-            return activation_mse(hidden_states(model, batch[role], self.layer), start, batch[role])
+        else:
+            assert reference is not None
+            direction = torch.randn(model.config.hidden_size, generator=rng)
+            moved = {"forget": (self.offset * direction / direction.norm()).to(model.device), "retain": 0.0}
 
-        return lambda batch: {role: distance(batch, role) for role in ("forget", "retain")}
+            def loss(role, tokens):
+                with torch.no_grad():
+                    start = hidden_states(reference, tokens, self.layer) + moved[role]
+                return activation_mse(hidden_states(model, tokens, self.layer), start, tokens)
+
+        def terms(batch):
+            return OnDemand({role: lambda role=role: loss(role, batch[role]) for role in ("forget", "retain")})
+
+        return terms
 
     def step(self, gradient, rng):
         import math
@@ -105,6 +112,8 @@ class UAM(Method):
             along = torch.clamp(along, min=0.0)
         return {**terms, "retain": at_w_hat["retain"]}, add(retain, to_length(forget, 1.0), -self.gamma * along)
 
-    def flops_per_token(self, model: Shape, length: int) -> int:
-        once = Method.flops_per_token(self, model, length)
-        return 2 * (self._blocks().flops_per_token(model, length) if self.loss == "representation" else once)
+    def role_flops(self, role: Role, model: Shape, length: int) -> int:
+        if self.loss == "cross_entropy":
+            return super().role_flops(role, model, length)
+        forward, backward = self._blocks().flops_of_passes(model, length)
+        return 2 * forward + backward  # the start model runs, too

@@ -1,6 +1,6 @@
 from typing import ClassVar, Literal
 
-from undo.config.schema import NonNegative, Positive
+from undo.config.schema import NonNegative, Positive, Role
 from undo.lm.shape import Shape
 from undo.unlearn.method import Method
 
@@ -28,16 +28,18 @@ class UNDIAL(Method):
 
     def objective(self, model, reference, rng):
         from undo.losses import cross_entropy, undial_kl
+        from undo.losses.terms import OnDemand
 
         assert reference is not None
 
         def terms(batch):
-            found = {"forget": undial_kl(model, reference, batch["forget"], self.strength)}
+            found = {"forget": lambda: undial_kl(model, reference, batch["forget"], self.strength)}
             if self.retain_weight:
-                found["retain"] = self.retain_weight * cross_entropy(model, batch["retain"])
-            return found
+                found["retain"] = lambda: self.retain_weight * cross_entropy(model, batch["retain"])
+            return OnDemand(found)
 
         return terms
 
-    def flops_per_token(self, model: Shape, length: int) -> int:
-        return round(3.5 * model.forward_flops(length))  # the teacher on half the tokens
+    def role_flops(self, role: Role, model: Shape, length: int) -> int:
+        passes = 4 if role == "forget" else 3 if self.retain_weight else 0
+        return passes * model.forward_flops(length)

@@ -1,6 +1,6 @@
 """Figure 5: robustness against compute over alpha, and the relearning curves behind it."""
 
-from statistics import median
+import math
 from typing import TYPE_CHECKING
 
 from undo.report.figures.missing import Missing
@@ -8,6 +8,7 @@ from undo.report.figures.relearning import LINES, ORACLE, UNLEARNED, curves
 from undo.results.arms import Distilled, Undo
 from undo.results.attacked import Attacked
 from undo.results.results import Results
+from undo.results.seeds import median
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def robustness_against_compute(results: Results) -> "Figure | Missing":
     """Left: robustness against compute, medians over seeds with their range. Right: relearning curves of some alphas.
 
-    Compute is S_student / S_oracle, S = training steps. Curves are those of the first seed.
+    Compute is S_student / S_oracle, S = training tokens. Curves are those of the first seed.
     """
     from undo.report.figures.style import legend, panels, shade
 
@@ -70,7 +71,8 @@ def _groups(results: Results) -> dict[float | None, list[Attacked]]:
             alpha = None
         else:
             continue
-        if results.robustness(a) is not None and results.compute(a) is not None:
+        robustness = results.robustness(a)
+        if robustness is not None and math.isfinite(robustness) and results.compute(a) is not None:
             groups.setdefault(alpha, []).append(a)
     return groups
 
@@ -94,10 +96,11 @@ def _scaling(axis: "Axes", results: Results, groups: dict[float | None, list[Att
             label="unlearn and distill" if alpha is None else f"α = {alpha:g}",
         )
         if alpha is not None:
-            points.append((x, y))
-    axis.plot([p[0] for p in points], [p[1] for p in points], color=INK, linewidth=0.8, alpha=0.5, zorder=0)
+            points.append((alpha, x, y))
+    points.sort()
+    axis.plot([p[1] for p in points], [p[2] for p in points], color=INK, linewidth=0.8, alpha=0.5, zorder=0)
     axis.axhline(1, color=INK, linewidth=0.8, linestyle=":", label="data filtering: robustness 1")
-    axis.set_xlabel("compute: steps / steps of data filtering", fontsize=8)
+    axis.set_xlabel("compute: training tokens / those of data filtering", fontsize=8)
     axis.set_ylabel("robustness to relearning", fontsize=8)
     last = max(next(iter(groups.values()))[0].worst_case)
     axis.set_title(f"after {last} relearning steps\n{over_seeds(groups.values(), 'median and range')}", fontsize=8)

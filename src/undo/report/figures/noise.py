@@ -49,7 +49,7 @@ def noise_grid(results: Results) -> "Figure | Missing":
         axis.set_xlabel("relearning steps", fontsize=8)
     if attacked:
         every = [value for a in attacked.values() for value in a.worst_case.values()]
-        for axis in axes:
+        for axis in axes if every else ():
             axis.set_ylim(min(every) - 0.02 * abs(max(every)), max(every) * 1.04)
         worst = f"curves: worst case over a model's adversaries, {of_one_seed(runs)}"
         legend(figure, axes, f"{worst}; distillation steps: median over seeds")

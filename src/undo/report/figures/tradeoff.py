@@ -1,14 +1,14 @@
 """Figure 7: retain against forget performance, before the attack and under it."""
 
-import math
 from collections.abc import Mapping, Sequence
-from statistics import median
+from math import nan
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from undo.report.figures.missing import Missing
 from undo.results.arms import Oracle, Reference, Undo, Unlearned
 from undo.results.attacked import Attacked
 from undo.results.results import Results
+from undo.results.seeds import median
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
     from undo.report.figures.style import INK, describe, legend, over_seeds, panels
     from undo.results.frontier import pareto_front
 
-    if not results.compared:
+    if not results.compared or not results.attack_steps:
         return Missing(
             "an attacked model that something was unlearned in",
             "relearn",
@@ -44,7 +44,10 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
         )
     groups = _beside(results) | results.compared
     chosen, looks = results.attack_steps, _looks(groups, results)
-    every = {step: {label: _spread([a.worst_case[step] for a in groups[label]]) for label in groups} for step in chosen}
+    every = {
+        step: {label: _spread([a.worst_case.get(step, nan) for a in groups[label]]) for label in groups}
+        for step in chosen
+    }
     edge = _edge({step: [y.middle for y in ys.values()] for step, ys in every.items()})
     figure, axes = panels(len(chosen))
     width, height = figure.get_size_inches()

@@ -1,6 +1,7 @@
 """Figure 8: relearning what was unlearned in a pretrained model (Section 6). Figure 11 is Figure 7 of such models."""
 
 from collections.abc import Iterable
+from math import isfinite
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -14,16 +15,18 @@ if TYPE_CHECKING:
 
 
 def adversaries(members: Iterable[Attacked]) -> dict[tuple[str, float], Curve]:
-    """(Adversary, learning rate) -> its forget curve, averaged over the seeds of a model."""
+    """(Adversary, learning rate) -> its forget curve, averaged over the seeds of a model, where all are finite."""
     found: dict[tuple[str, float], list[Curve]] = {}
     for attacked in members:
         for run in attacked.adversaries:
             key = run.config.get("adversary", ""), run.config["training"]["learning_rate"]
-            found.setdefault(key, []).append(run.curve("forget"))
-    return {
+            finite = {step: value for step, value in run.curve("forget").items() if isfinite(value)}
+            found.setdefault(key, []).append(finite)
+    averaged = {
         key: {step: fmean(c[step] for c in curves) for step in sorted(set.intersection(*map(set, curves)))}
         for key, curves in found.items()
     }
+    return {key: curve for key, curve in averaged.items() if curve}
 
 
 def relearning_of_wmdp(results: Results) -> "Figure | Missing":
@@ -51,7 +54,7 @@ def relearning_of_wmdp(results: Results) -> "Figure | Missing":
             color = look.student_color if student else look.color if pairs else color_of(members[0], results)
             who = f"{describe(members[0], results)}: " if pairs else ""  # a panel's title is the one model's name
             curves, best = adversaries(members), max if members[0].higher_is_better else min
-            strongest = best(curves, key=lambda key, curves=curves: curves[key][max(curves[key])])
+            strongest = best(curves, key=lambda key, curves=curves: curves[key][max(curves[key])], default=None)
             for key, curve in curves.items():
                 bold = key == strongest
                 axis.plot(
