@@ -1,7 +1,7 @@
 """Figure 7: retain against forget performance, before the attack and under it."""
 
 from collections.abc import Mapping, Sequence
-from math import nan
+from math import inf, isfinite, nan
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from undo.report.figures.missing import Missing
@@ -89,7 +89,9 @@ class _Spread(NamedTuple):
 
 
 def _spread(values: Sequence[float]) -> _Spread:
-    return _Spread(min(values), median(values), max(values))
+    """NaN where a seed is not finite: such a point is not drawn."""
+    middle = median(values)
+    return _Spread(min(values), middle, max(values)) if isfinite(middle) else _Spread(nan, nan, nan)
 
 
 def _bars(values: _Spread) -> list[list[float]] | None:
@@ -111,11 +113,13 @@ def _beside(results: Results) -> dict[str, list[Attacked]]:
 
 def _edge(heights: Mapping[int, Sequence[float]]) -> float:
     """Where the axis ends: the panels under attack keep a quarter of it."""
-    under_attack = [y for step, ys in heights.items() if step > 0 for y in ys]
-    every = [y for ys in heights.values() for y in ys]
+    under_attack = [y for step, ys in heights.items() if step > 0 for y in ys if isfinite(y)]
+    every = [y for ys in heights.values() for y in ys if isfinite(y)]
+    if not every:
+        return inf
     low, high = min(every), max(under_attack, default=max(every))
     edge = low + 4 * (high - low)
-    return edge if max(every) > edge else math.inf
+    return edge if max(every) > edge else inf
 
 
 def _looks(groups: Mapping[str, Sequence[Attacked]], results: Results) -> dict[str, dict[str, Any]]:
