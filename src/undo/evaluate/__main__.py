@@ -26,7 +26,8 @@ def export(arguments: list[str]) -> int:
             return 0 if arguments in (["-h"], ["--help"]) else 2
     questions = validate(Questions, parse_overrides(values), "export")
     questions.check()
-    from undo.evaluate.harness import write_task
+    from undo.evaluate.tasks import write_task
+
 
     asked = write_task(questions, Path(folder))
     model = ["--model", "hf", "--model_args", "pretrained=MODEL_FOLDER,dtype=float32"]
