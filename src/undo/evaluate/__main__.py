@@ -28,7 +28,6 @@ def export(arguments: list[str]) -> int:
     questions.check()
     from undo.evaluate.tasks import write_task
 
-
     asked = write_task(questions, Path(folder))
     model = ["--model", "hf", "--model_args", "pretrained=MODEL_FOLDER,dtype=float32"]
     print(shlex.join(["lm_eval", *model, *asked]))

@@ -95,9 +95,10 @@ class RunDirectory:
     @property
     def _failure(self) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / "failure.json").read_text())
+            found = json.loads((self.folder / "failure.json").read_text())
         except (OSError, ValueError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     @property
     def diverged(self) -> bool:
