@@ -13,7 +13,7 @@ from tests.conftest import batch
 from undo.config.mistakes import ConfigError
 from undo.data import store as tokens
 from undo.data import stream as stream_module
-from undo.data.store import TokenStore, batched, best_fit, pack
+from undo.data.store import StoreWriter, TokenStore, batched, best_fit, pack
 from undo.data.stream import MixedStream
 from undo.lm.tokens import IGNORE, collate
 
@@ -73,6 +73,18 @@ def test_damage_is_named_with_its_file(tmp_path, name, damage, said):
         TokenStore(tmp_path / "s")
     assert f"{tmp_path / 's' / name}: {said}" in str(error.value)
     assert "--force" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [("tokens.bin", b"1234", "has 4 bytes, not 600"), ("progress.json", b'{"state": {', "is damaged")],
+)
+def test_a_store_that_was_damaged_half_way_is_not_continued(tmp_path, name, content, said):
+    """Truncating a file to what it should hold would fill it up with zeros."""
+    StoreWriter(tmp_path / "s", 64, 1000).add([np.arange(300)], {})
+    (tmp_path / "s.partial" / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"s\.partial/{name}: {said}"):
+        StoreWriter(tmp_path / "s", 64, 1000)
 
 
 def test_of_large_files_the_size_alone_is_compared(tmp_path, monkeypatch):

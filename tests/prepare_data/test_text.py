@@ -185,6 +185,8 @@ class Holder(StageConfig):
 def test_no_such_file_and_no_place():
     with pytest.raises(ConfigError, match="no such file"):
         list(Source(path="/nowhere/*.jsonl").texts())
+    with pytest.raises(ConfigError, match="share: input should be greater than 0"):
+        validate(Holder, {"name": "x", "data": {"retain": {"path": "x", "share": 0.0}}}, "test")
     with pytest.raises(ConfigError, match="give `path`"):
         validate(Holder, {"name": "x", "data": {"retain": {}}}, "test")
 

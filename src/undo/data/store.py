@@ -65,12 +65,17 @@ class StoreWriter:
         self._partial = partial_of(folder)
         self._partial.mkdir(parents=True, exist_ok=True)
         self._progress = self._partial / "progress.json"
-        found = json.loads(self._progress.read_text()) if self._progress.exists() else None
-        self.state: dict[str, Any] | None = found and found["state"]
-        self.tokens, self._pieces, self._rows, self._largest = found["written"] if found else (0, 0, 0, 0)
+        try:
+            found = json.loads(self._progress.read_text()) if self._progress.exists() else None
+            self.state: dict[str, Any] | None = found and found["state"]
+            self.tokens, self._pieces, self._rows, self._largest = found["written"] if found else (0, 0, 0, 0)
+        except (ValueError, TypeError, LookupError):
+            raise damage(self._progress, "is damaged") from None
         kept = (self.tokens * self.width, 8 * (self._pieces + 1), 8 * (self._rows + 1)) if found else (0, 0, 0)
         for name, size in zip(FILES, kept, strict=True):
             with open(self._partial / name, "ab") as file:
+                if file.tell() < size:
+                    raise damage(self._partial / name, f"has {file.tell():,} bytes, not {size:,}")
                 file.truncate(size)
         if not found:
             for name in FILES[1:]:
@@ -163,7 +168,8 @@ def batched(items: Iterable[Sized], count: int, size: int) -> Iterator[list[Size
         yield batch
 
 
-def _damage(file: Path, what: str) -> ConfigError:
+def damage(file: Path, what: str) -> ConfigError:
+    """What is wrong with a file of a prepare run, and the way out."""
     return ConfigError(f"{file}: {what}\nmake the data again: the command of the stage prepare with --force")
 
 
@@ -182,18 +188,18 @@ class TokenStore:
             self._width: int = self.facts["width"]
             expected = [self.facts["files"][name] for name in FILES]
         except OSError as error:
-            raise _damage(folder / "store.json", f"cannot be read ({error.strerror})") from None
+            raise damage(folder / "store.json", f"cannot be read ({error.strerror})") from None
         except (ValueError, TypeError, KeyError):
-            raise _damage(folder / "store.json", "is damaged") from None
+            raise damage(folder / "store.json", "is damaged") from None
         for name, facts in zip(FILES, expected, strict=True):
             try:
                 found = _file_facts(folder / name)
             except OSError as error:
-                raise _damage(folder / name, f"cannot be read ({error.strerror})") from None
+                raise damage(folder / name, f"cannot be read ({error.strerror})") from None
             if found["bytes"] != facts["bytes"]:
-                raise _damage(folder / name, f"has {found['bytes']:,} bytes, not {facts['bytes']:,}")
+                raise damage(folder / name, f"has {found['bytes']:,} bytes, not {facts['bytes']:,}")
             if found != facts:
-                raise _damage(folder / name, "is not what was written")
+                raise damage(folder / name, "is not what was written")
         self._pieces = np.memmap(folder / "pieces.bin", dtype="<i8", mode="r")
         self._rows = np.memmap(folder / "rows.bin", dtype="<i8", mode="r")
 

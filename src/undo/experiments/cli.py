@@ -3,12 +3,13 @@
 import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from undo.config import mirror
 from undo.config.mistakes import ConfigError
 from undo.config.sweep import parse_overrides
 from undo.config.units import aligned, si
-from undo.experiments.check import check, jobs
+from undo.experiments.check import check, jobs, refusals
 from undo.experiments.choose import pick, wanted
 from undo.experiments.costs import Cost, Costs
 from undo.experiments.plan import PlannedRun, beside_the_main, find_configs, plan
@@ -16,6 +17,8 @@ from undo.launch.devices import visible_gpus
 from undo.launch.local import run_jobs
 from undo.runs import precision
 from undo.train.stage import Stage, TrainingStage
+
+REFUSALS: Final = 3  # that --dry-run prints
 
 
 class Unbroken(argparse.HelpFormatter):
@@ -92,10 +95,12 @@ def launch(
 
     mirror.use(args.mirror)
     runs, configs = planned(args)
+    costs = Costs(runs, configs, stages, parse_overrides(args.overrides).get("base.model"))
     if args.dry_run:
-        show(runs, Costs(runs, configs, stages, parse_overrides(args.overrides).get("base.model")))
+        show(runs, costs)
+        show_refusals(runs, costs)
         return 0
-    check(runs, args.force, kept)
+    check(runs, args.force, kept, costs)
     if said := precision_note(runs):
         print(said)
     with LiveTable(runs) as display:
@@ -113,6 +118,15 @@ def precision_note(runs: Sequence[PlannedRun]) -> str | None:
     if not asks or visible_gpus() or precision.cpu_has_fast_bf16():
         return None
     return precision.note("bf16", "fp32")
+
+
+def show_refusals(runs: Sequence[PlannedRun], costs: Costs) -> None:
+    """What --dry-run knows to be wrong with the runs that it lists."""
+    found = list(dict.fromkeys(map(str, refusals(runs, costs))))
+    for text in found[:REFUSALS]:
+        print(f"would be refused: {text}")
+    if len(found) > REFUSALS:
+        print(f"would be refused: {len(found) - REFUSALS} more")
 
 
 def show(runs: Sequence[PlannedRun], costs: Costs) -> None:

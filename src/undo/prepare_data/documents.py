@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from undo.data.ends import Ends
-from undo.data.store import batched
+from undo.data.store import batched, damage
 from undo.lm.tokens import MARK, token_ids
 from undo.prepare_data.text import Paired
 
@@ -93,6 +93,8 @@ class Fingerprints:
         self._all, self._file = array("Q"), file
         if count != 0:
             self._all.frombytes(file.read_bytes()[: None if count is None else 8 * count])
+        if count is not None and len(self._all) < count:
+            raise damage(file, f"holds {len(self._all):,} documents, not {count:,}")
         self._written = len(self._all)
 
     def __len__(self) -> int:

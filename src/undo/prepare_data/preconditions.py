@@ -4,6 +4,8 @@ Reads no more than the beginning of each file; of the hub, `reach` alone.
 """
 
 import filecmp
+import json
+from functools import cache
 from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Final
@@ -101,10 +103,30 @@ def is_local(tokenizer: str) -> bool:
 
 def check_tokenizer(name: str) -> None:
     """Raises ConfigError if the folder, or the mirror's, holds none. One of the hub is known when it is fetched."""
-    mirrored = mirror.stand_in(name)
-    folder = Path(mirrored or name).expanduser()
-    if (mirrored or is_local(name)) and not any((folder / file).is_file() for file in TOKENIZERS):
+    folder = tokenizer_folder(name)
+    if folder is not None and not any((folder / file).is_file() for file in TOKENIZERS):
         raise ConfigError(
             f"tokenizer {name!r} is neither a folder with a tokenizer nor a hub id: "
             f"{'it holds no tokenizer.json' if folder.is_dir() else 'there is no such folder'}"
         )
+
+
+def tokenizer_folder(name: str) -> Path | None:
+    """The local folder of a tokenizer; None for one that comes from the hub."""
+    mirrored = mirror.stand_in(name)
+    return Path(mirrored or name).expanduser() if mirrored or is_local(name) else None
+
+
+@cache
+def vocabulary_of(tokenizer: str) -> int | None:
+    """How many tokens text is made of, from a local tokenizer.json; None if there is none that can be read.
+
+    Added tokens are not counted: a model need not have a place for one that no text holds.
+    """
+    folder = tokenizer_folder(tokenizer)
+    try:
+        facts = json.loads(((folder or Path()) / "tokenizer.json").read_text(encoding="utf-8"))
+        pieces = facts["model"]["vocab"]  # a mapping, or a list of pairs
+        return len({piece if isinstance(piece, str) else piece[0] for piece in pieces})
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

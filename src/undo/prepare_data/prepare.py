@@ -12,9 +12,10 @@ from undo.config.mistakes import ConfigError
 from undo.config.schema import ROLES, Count, Frozen, RunName
 from undo.data.problems import OPERATIONS, write_problems
 from undo.prepare_data.arithmetic import ArithmeticWorld
-from undo.prepare_data.preconditions import check_texts, check_tokenizer, reach
+from undo.prepare_data.preconditions import check_texts, check_tokenizer, reach, vocabulary_of
 from undo.prepare_data.text import Texts
 from undo.prepare_data.tokenizer import fetch_tokenizer, load_tokenizer, train_byte_pairs, train_words
+from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 from undo.train.stage import Stage
 
@@ -197,6 +198,14 @@ def check_disk(cfg: Prepare, folder: Path) -> None:
         )
 
 
+def vocabulary(cfg: Prepare, run: RunDirectory) -> int | None:
+    """The size that is known before a model reads the data: one that is configured, or a local tokenizer's."""
+    if isinstance(cfg.tokenizer, Frozen):
+        return cfg.tokenizer.vocab_size
+    name = str(run.folder / "tokenizer") if run.done else cfg.tokenizer
+    return None if name is None else vocabulary_of(name)
+
+
 STAGE = Stage(
     "prepare",
     Prepare,
@@ -205,4 +214,5 @@ STAGE = Stage(
     "Data (Appendices A and D.2.2, Table 11)",
     "demo length=64 --dry-run",
     row_tokens=lambda cfg: cfg.length,
+    vocabulary=vocabulary,
 )

@@ -4,6 +4,7 @@ import importlib.util
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import Field
@@ -31,7 +32,17 @@ class Stage:
     example: str = "demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"  # arguments, for --help
     shape: Callable[[Any, RunDirectory], Shape | None] = lambda config, run: None  # of its model; None: its parent's
     row_tokens: Callable[[Any], int | None] = lambda config: None  # of its data; None: as its parents have them
+    vocabulary: Callable[[Any, RunDirectory], int | None] = lambda config, run: None  # of its data, if it makes them
     computes: bool = True  # False: its runs take no share of the devices
+
+
+@cache
+def check_evaluation(evaluation: Evaluation) -> None:
+    """Once for the hundreds of runs that have the same. Raises ConfigError."""
+    try:
+        evaluation.check()
+    except ConfigError as error:
+        raise ConfigError(f"evaluation.{error}") from None
 
 
 class TrainingStage(StageConfig):
@@ -80,10 +91,7 @@ class TrainingStage(StageConfig):
         return 3 * model.forward_flops(length)
 
     def check(self) -> None:
-        try:
-            self.evaluation.check()
-        except ConfigError as error:
-            raise ConfigError(f"evaluation.{error}") from None
+        check_evaluation(self.evaluation)  # pyright: ignore[reportArgumentType]  # only pydantic knows that it has a hash
         if self.training.batch_rows < self.execution.devices:
             raise ConfigError(
                 f"{self.name}: execution.devices={self.execution.devices} is more than the "
