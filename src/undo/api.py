@@ -24,7 +24,8 @@ from undo.evaluate.evaluator import Measured
 from undo.lm import place as placing
 from undo.lm.tokens import Tokens, collate, enclosed, token_ids
 from undo.losses import cross_entropy, forward_kl
-from undo.results.results import Results, worst_case
+from undo.results.attacked import worst_case
+from undo.results.results import Results
 from undo.runs.directory import Diverged
 from undo.runs.ranks import this_process
 from undo.settings import publish

@@ -81,6 +81,16 @@ def test_accuracy_does_not_depend_on_how_problems_are_batched(half_trained, data
         assert one(half_trained, True).values == two(half_trained, True).values
 
 
+@pytest.mark.parametrize("evaluation", [Accuracy(), TokenCrossEntropy()], ids=lambda e: e.name)
+def test_an_evaluation_takes_no_gradient(half_trained, data, evaluation):
+    """Whoever calls it, and in whatever mode."""
+    evaluate = evaluation.load(data, torch.device("cpu"))
+    with torch.no_grad():
+        expected = evaluate(half_trained, True)
+    with torch.enable_grad():
+        assert evaluate(half_trained, True) == expected
+
+
 def test_a_fixed_evenly_spaced_subset_at_a_share_of_the_cost(half_trained, data, problems):
     """Every k-th problem, and only those; the whole set still when it is asked for."""
     chosen = problems[::4]

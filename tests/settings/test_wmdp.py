@@ -215,7 +215,7 @@ def test_no_choice_without_a_frontier(made, words):
 
 
 def test_one_base_model_serves_all_seeds(tmp_path):
-    args = cli.parser("").parse_intermixed_args(["wmdp_small", "sweep.seed=[0,1]", "--runs", str(tmp_path)])
+    args = cli.parser("", "").parse_intermixed_args(["wmdp_small", "sweep.seed=[0,1]", "--runs", str(tmp_path)])
     folder = ROOT / "configs/wmdp_small"
     runs, _ = run_all.planned_in(folder, args, ("pretrain", "undo"), run_wmdp.BASE)
     names = [run.name for run in runs]
@@ -287,8 +287,8 @@ def test_figures_tables_and_claims_of_wmdp(attacked):
     assert "rmu_best 0.590, undo_rmu 0.390" in text
     assert "| D.2.7, Tab. 13 |" in text
     verdicts = {checked.claim.sentence: checked.verdict for checked in check(results)}
-    assert verdicts["On WMDP, UNDO makes MaxEnt and RMU relearn less."] == "holds"
-    assert verdicts["There, what is retained falls with alpha."] == "holds"
+    assert verdicts["On a pretrained model, UNDO makes what it starts from relearn less."] == "holds"
+    assert verdicts["On a pretrained model, what is retained falls with alpha."] == "holds"
     assert verdicts["Robustness rises with alpha."] == "not run"
 
 

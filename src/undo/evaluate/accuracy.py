@@ -31,6 +31,7 @@ class Accuracy(EvaluationConfig):
 
     def load(self, data: RunDirectory, device: "torch.device") -> Evaluator:
         import numpy as np
+        import torch
         from transformers import AutoTokenizer
 
         problems = read_problems(data.folder / "problems.jsonl", data.facts["problems"])
@@ -40,6 +41,7 @@ class Accuracy(EvaluationConfig):
             for indices in self.split(len(problems))
         )
 
+        @torch.no_grad()
         def measure(model: "PreTrainedModel", full: bool) -> Measured:
             right = np.ones(len(problems), dtype=bool)
             seen = np.zeros(len(problems), dtype=bool)

@@ -5,13 +5,12 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby
 
 from undo.config.mistakes import ConfigError
-from undo.config.schema import StageConfig
 from undo.config.secrets import check_token
 from undo.experiments import worker
 from undo.experiments.costs import Costs
 from undo.experiments.plan import PlannedRun
 from undo.experiments.remedy import command_for
-from undo.launch.devices import check_devices
+from undo.launch.devices import check_card, check_devices
 from undo.launch.jobs import DeviceShare, Job
 from undo.train.stage import TrainingStage
 
@@ -23,6 +22,7 @@ def check(planned: Sequence[PlannedRun], force: bool, kept: Collection[str] = ()
     """
     for error in refusals(planned, costs):
         raise error
+    check_card()
     for run in planned:
         if force and run.name not in kept:
             if run.directory.is_held():
@@ -53,7 +53,7 @@ def refusals(planned: Sequence[PlannedRun], costs: Costs | None = None) -> Itera
 
 def _check(run: PlannedRun, names: Collection[str]) -> None:
     execution = run.config.execution
-    check_devices(share(run.config))
+    check_devices(share(run))
     if execution.devices > 1 and not isinstance(run.config, TrainingStage):
         raise ConfigError(f"execution.devices={execution.devices}: {run.name} trains nothing; leave the key out")
     check_token(run.config)
@@ -97,7 +97,7 @@ def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
                     argv=(sys.executable, *starter(execution.devices), "-m", worker.__name__, part[0].stage.module),
                     runs=tuple(p.directory for p in part),
                     waits_for=frozenset(parent for p in part for parent in p.config.parents()),
-                    share=share(part[0].config),
+                    share=share(part[0]),
                 )
             )
     return result
@@ -114,9 +114,9 @@ def starter(devices: int) -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices))
 
 
-def share(config: StageConfig) -> DeviceShare:
-    execution = config.execution
-    return DeviceShare(execution.runs_per_gpu, execution.threads, execution.devices)
+def share(run: PlannedRun) -> DeviceShare:
+    execution = run.config.execution
+    return DeviceShare(execution.runs_per_gpu, execution.threads, execution.devices if run.stage.computes else 0)
 
 
 def models(run: PlannedRun) -> tuple[str, ...]:

@@ -19,12 +19,19 @@ from undo.runs import precision
 from undo.train.stage import Stage, TrainingStage
 
 REFUSALS: Final = 3  # that --dry-run prints
-EXAMPLE = "example: %(prog)s demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"
+
+
+class Unbroken(argparse.HelpFormatter):
+    """Leaves the example in one line, which a shell can read."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example: ") else super()._fill_text(text, width, indent)
 
 
 def main(stage: Stage, stages: Mapping[str, Stage]) -> int:
     """Plan, check and launch the runs of one of `stages` -> the exit status."""
-    arguments = parser(f"The {stage.name} stage: one run for each point of configs/<setting>/{stage.name}.yaml.")
+    about = f"The {stage.name} stage: one run for each point of configs/<setting>/{stage.name}.yaml."
+    arguments = parser(about, stage.example)
 
     def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
         found = find_configs(args.config, stage.name)
@@ -50,8 +57,11 @@ def check_extra(names: Sequence[str], found: Sequence[Path]) -> None:
             )
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(description=description, epilog=EXAMPLE)
+def parser(description: str, example: str) -> argparse.ArgumentParser:
+    """example: arguments that run as they stand, since --help prints them for copying."""
+    arguments = argparse.ArgumentParser(
+        description=description, epilog=f"example: %(prog)s {example}", formatter_class=Unbroken
+    )
     arguments.add_argument("config", help="a setting (demo: configs/demo/<stage>.yaml), or a path to a YAML file")
     arguments.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of the YAML, dotted; they beat its sweep"
@@ -97,7 +107,7 @@ def launch(
         try:
             failed = run_jobs(jobs(runs), display)
         except KeyboardInterrupt:
-            display.interrupted()
+            display.interrupted(args.force)
             return 130
     return 1 if failed else 0
 

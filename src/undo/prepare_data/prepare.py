@@ -193,6 +193,7 @@ STAGE = Stage(
     prepare,
     __name__,
     "Data (Appendices A and D.2.2, Table 11)",
+    "demo length=64 --dry-run",
     row_tokens=lambda cfg: cfg.length,
     vocabulary=vocabulary,
 )

@@ -36,8 +36,8 @@ class Split:
     def __init__(
         self, cfg: Texts, role: Role, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, folder: Path
     ) -> None:
-        self.cfg, self.tokenizer, self.source = cfg, tokenizer, cfg.data[role]
         self.role: Role = role
+        self.cfg, self.tokenizer, self.source = cfg, tokenizer, cfg.data[role]
         self.writer = StoreWriter(folder / "train" / role, cfg.length, vocab_size, self.source.paired)
         self.rng = np.random.default_rng([cfg.seed, ROLES.index(role)])
         state = self.writer.state or {}

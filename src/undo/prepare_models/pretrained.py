@@ -116,4 +116,13 @@ def download(name: str) -> Path:
         ) from None
 
 
-STAGE = Stage("base", Base, fetch, __name__, "The pretrained model (D.2)", shape=shape_of_base)
+STAGE = Stage(
+    "base",
+    Base,
+    fetch,
+    __name__,
+    "The pretrained model (D.2)",
+    "wmdp_bio --dry-run",
+    shape=shape_of_base,
+    computes=False,
+)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from undo.config.files import digest, write_atomically
+from undo.config.files import digest, open_lock, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import RunName, as_raw
 from undo.evaluate.evaluator import Measured
@@ -106,15 +106,24 @@ def shared_evaluation(of: RunDirectory, cfg: TrainingStage, measure: Callable[[]
         made: Measured | None = ranks.of_the_leader(None)
         return measure() if made is None else made
     file = evaluation_file(of, cfg)
-    with open(file.with_suffix(".lock"), "w") as lock:
+    with open_lock(file.with_suffix(".lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        found = Measured(json.loads(file.read_text()), 0) if file.exists() else None
+        found = _left_there(file)
         ranks.of_the_leader(found)
         if found is not None:
             return found
         measured = measure()
         write_atomically(file, json.dumps(measured.values))
     return measured
+
+
+def _left_there(file: Path) -> Measured | None:
+    """An evaluation that was written; None for none, and for a damaged file, since it can be made again."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return Measured(values, 0) if isinstance(values, dict) and values else None
 
 
 def evaluation_file(of: RunDirectory, cfg: TrainingStage) -> Path:
@@ -128,5 +137,7 @@ def evaluation_file(of: RunDirectory, cfg: TrainingStage) -> Path:
         torch.cuda.is_available(),
     ]
     folder = of.folder / "evaluations"
+    if folder.is_symlink():
+        raise ConfigError(f"{folder}: is a symbolic link, and is not followed; delete it")
     folder.mkdir(exist_ok=True)
     return folder / f"{digest(how)}.json"

@@ -81,10 +81,12 @@ def keep(model: "PreTrainedModel", cfg: TrainingStage, run: Run) -> None:
 
 
 def load_parent(run: Run, name: str) -> "PreTrainedModel":
-    """The model of another run, on this run's device, in fp32."""
+    """The model of another run, on this run's device, in fp32. Raises ConfigError if its files have changed since."""
     from undo.lm.disk import load
 
-    return place(load(run.sibling(name).model), run)
+    parent = run.sibling(name)
+    parent.check_model()
+    return place(load(parent.model), run)
 
 
 def shape_of_parent(run: Run, name: str) -> Shape:

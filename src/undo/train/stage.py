@@ -28,9 +28,11 @@ class Stage:
     execute: Callable[[Any, Run], None]
     module: str  # where a worker finds this stage, as STAGE
     caption: str  # of its hyper-parameters: what they are, and where the paper has them
+    example: str = "demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"  # arguments, for --help
     shape: Callable[[Any, RunDirectory], Shape | None] = lambda config, run: None  # of its model; None: its parent's
     row_tokens: Callable[[Any], int | None] = lambda config: None  # of its data; None: as its parents have them
     vocabulary: Callable[[Any, RunDirectory], int | None] = lambda config, run: None  # of its data, if it makes them
+    computes: bool = True  # False: its runs take no share of the devices
 
 
 @cache

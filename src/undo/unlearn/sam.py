@@ -19,6 +19,8 @@ class SAM(OnTop):
     name: Literal["sam"] = "sam"
     title: ClassVar = "SAM"
     mark: ClassVar = "P"
+    color: ClassVar = "#999933"
+    student_color: ClassVar = "#CFCF8F"
     presets: ClassVar = {
         "faithful": {"ascent": "total", "rho": 0.01},  # Table 8, D.2.6, and the code behind them
         "official": {
@@ -58,6 +60,8 @@ class Smoothing(OnTop):
     name: Literal["smoothing"] = "smoothing"
     title: ClassVar = "smoothing"
     mark: ClassVar = "v"
+    color: ClassVar = "#AA4499"
+    student_color: ClassVar = "#D8A5CF"
     presets: ClassVar = {
         "faithful": {"sigma": 1e-4, "samples": 3, "base": {"name": "npo", "beta": 0.0125, "retain_weight": 2.0}}
     }
