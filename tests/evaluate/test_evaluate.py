@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from tests.conftest import SHAPE, training
 from tests.train.test_loop import go
 from undo.config.mistakes import ConfigError
+from undo.data.ends import family_ends
 from undo.data.problems import Problem, read_problems
 from undo.data.store import TokenStore
 from undo.evaluate import Accuracy, TokenCrossEntropy
@@ -45,7 +46,7 @@ def tokenizer(data):
 def test_teacher_forcing_equals_greedy_decoding(half_trained, problems, tokenizer):
     with torch.no_grad():
         hits = np.ones(len(problems), dtype=bool)
-        for tokens, owner in pack_answers(problems, range(len(problems)), tokenizer, rows=7):
+        for tokens, owner in pack_answers(problems, range(len(problems)), tokenizer, family_ends(tokenizer), rows=7):
             np.logical_and.at(hits, owner, arg_max_hits(half_trained, tokens))
         greedy = []
         for problem in problems:
@@ -178,7 +179,7 @@ def test_held_out_pairs_are_reported_apart(half_trained, data):
 
 
 def test_encoding_ends_in_eos_and_counts_the_prompt(problems, tokenizer):
-    ids, prompt = encode(problems[0], tokenizer)
+    ids, prompt = encode(problems[0], tokenizer, family_ends(tokenizer))
     assert ids[0] == tokenizer.bos_token_id
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[:prompt], skip_special_tokens=True) == problems[0].prompt

@@ -24,9 +24,10 @@ from tests.conftest import ROOT, SHAPE, lively, training
 from undo.config.mistakes import ConfigError
 from undo.config.schema import validate
 from undo.evaluate import MultipleChoice, TokenCrossEntropy
-from undo.evaluate.harness import Benchmark, Encoded, InMemory, build, plan, quiet, write_task
+from undo.evaluate.harness import Benchmark, Encoded, InMemory, plan, quiet
 from undo.evaluate.multiple_choice import describe
 from undo.evaluate.questions import Questions, read
+from undo.evaluate.tasks import build, write_task
 from undo.lm.disk import save
 from undo.lm.place import place
 from undo.runs.directory import RunDirectory

@@ -141,6 +141,28 @@ def test_a_flipped_byte_in_a_model_is_found_when_it_is_read(tmp_path):
         run.check_model()
 
 
+@pytest.mark.parametrize(
+    ("damaged", "said"),
+    [
+        (lambda text: text[: text.index("\n", 40) + 1], "is not what the run recorded"),  # whole lines are missing
+        (lambda text: text.replace("0.25", "0.26"), "is not what the run recorded"),
+        (lambda text: text[:-9] + "\n", "line 3: is damaged"),
+    ],
+)
+def test_records_of_a_done_run_are_those_that_it_wrote(tmp_path, damaged, said):
+    """A curve that lost its end would be a weaker attack."""
+    run, _ = make(tmp_path)
+    for step in range(3):
+        run.record(step, {"retain": 0.5, "forget": 0.25 * step})
+    run.finish()
+    assert list(run.evaluations()) == [0, 1, 2]
+    path = run.folder / "metrics.jsonl"
+    path.write_text(damaged(path.read_text()))
+    with pytest.raises(ConfigError, match=said) as error:
+        run.evaluations()
+    assert str(path) in one_line(error)
+
+
 def test_a_checksum_sees_names_types_shapes_values_and_the_note():
     tensors = {"a": torch.arange(4.0), "b": torch.tensor(1), "c": torch.ones(2, 2, dtype=torch.bfloat16)}
     variants = [

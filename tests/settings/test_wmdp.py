@@ -325,6 +325,26 @@ def test_other_settings_have_no_figure_of_wmdp(tmp_path):
     assert not {"fig8", "fig11"} & set(figures_of(made.results()))
 
 
+@pytest.mark.parametrize(("factor", "said"), [(float("nan"), "holds NaN or infinity"), (1e30, "before any update")])
+def test_a_broken_model_is_no_outcome_of_an_attack(data, factor, said):
+    """Before, such an attack was done, with the forget performance of a perfect method."""
+    broken = lively(SHAPE.build(0))
+    with torch.no_grad():
+        broken.model.layers[0].mlp.down_proj.weight.mul_(factor)
+        broken.model.layers[0].mlp.up_proj.weight.mul_(1e30)
+    start = Run(data.runs, "tiny", f"unlearn/broken-{factor}")
+    start.folder.mkdir(parents=True)
+    save(broken, data.folder / "tokenizer", start.model)
+    raw = {"name": f"broken-{factor}", "data": "prepare/data", "model": start.name, "mixture": {"forget": 1.0}}
+    raw |= {"training": as_raw(training(steps=1)), "evaluation": {"name": "cross_entropy"}}
+    config, run = validate(Relearn, raw, "here"), Run(data.runs, "tiny", f"relearn/broken-{factor}")
+    run.claim(config)
+    run.open(config)
+    with pytest.raises(ConfigError, match=said):
+        relearn(config, run)
+    assert not run.done
+
+
 def test_shrink_perturb_moves_the_model_that_an_attack_starts_from(data):
     """What it finds at step 0 is that model, shrunk and perturbed by the config's alpha and beta, or left alone."""
     start = Run(data.runs, "tiny", "unlearn/to-be-perturbed")

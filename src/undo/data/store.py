@@ -68,7 +68,7 @@ class StoreWriter:
         try:
             found = json.loads(self._progress.read_text()) if self._progress.exists() else None
             self.state: dict[str, Any] | None = found and found["state"]
-            self.tokens, self._pieces, self._rows = found["written"] if found else (0, 0, 0)
+            self.tokens, self._pieces, self._rows, self._largest = found["written"] if found else (0, 0, 0, 0)
         except (ValueError, TypeError, LookupError):
             raise damage(self._progress, "is damaged") from None
         kept = (self.tokens * self.width, 8 * (self._pieces + 1), 8 * (self._rows + 1)) if found else (0, 0, 0)
@@ -98,13 +98,18 @@ class StoreWriter:
             self.tokens += len(tokens)
             self._pieces += len(order)
             self._rows += len(bins)
-        written = [self.tokens, self._pieces, self._rows]
+            self._largest = max(self._largest, int(largest))
+        written = [self.tokens, self._pieces, self._rows, self._largest]
         write_atomically(self._progress, json.dumps({"written": written, "state": state}))
 
     def finish(self, **more: Any) -> "TokenStore":
         """`more`: plain values that are to stand in store.json, too."""
         facts = {"length": self.length, "vocab_size": self.vocab_size, "width": self.width, "paired": self.paired}
-        facts |= {"files": {name: _file_facts(self._partial / name) for name in FILES}, **more}
+        facts |= {
+            "files": {name: _file_facts(self._partial / name) for name in FILES},
+            "largest": self._largest,
+            **more,
+        }
         write_atomically(self._partial / "store.json", json.dumps(facts))
         self._partial.rename(self.folder)
         (self.folder / self._progress.name).unlink(missing_ok=True)
@@ -179,6 +184,7 @@ class TokenStore:
             self.length: int = self.facts["length"]
             self.vocab_size: int = self.facts["vocab_size"]
             self.paired: bool = self.facts["paired"]  # whether its documents are marked
+            self.largest: int = self.facts["largest"]  # token in it
             self._width: int = self.facts["width"]
             expected = [self.facts["files"][name] for name in FILES]
         except OSError as error:

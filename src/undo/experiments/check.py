@@ -23,10 +23,12 @@ def check(planned: Sequence[PlannedRun], force: bool, kept: Collection[str] = ()
     for error in refusals(planned, costs):
         raise error
     check_card()
+    forced = {run.name for run in planned if force} - set(kept)
     for run in planned:
-        if force and run.name not in kept:
-            if run.directory.is_held():
-                raise ConfigError(f"{run.name} is being run by another launcher; --force would destroy its work")
+        if run.name in forced and run.directory.is_held():
+            raise ConfigError(f"{run.name} is being run by another launcher; --force would destroy its work")
+    for run in planned:
+        if run.name in forced:
             run.directory.remove()
         run.directory.claim(run.config)
         if run.directory.done and (parent := run.directory.is_stale(run.config)):
@@ -65,6 +67,8 @@ def _check(run: PlannedRun, names: Collection[str]) -> None:
                 f"{run.name} needs {parent}, which is not done in {run.directory.runs / run.directory.setting}\n"
                 f"make it with: {command_for(parent, run.directory.setting)}"
             )
+        if parent not in names:
+            run.directory.sibling(parent).identity()  # now, not when hours of training are to be recorded
 
 
 def check_vocabulary(run: PlannedRun, costs: Costs) -> None:

@@ -85,7 +85,7 @@ def _write_to(log: Path, quiet: bool) -> None:
     """Send this process's output, and that of its libraries, to the log of the run in hand; if quiet, errors only."""
     sys.stdout.flush()
     sys.stderr.flush()
-    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     os.dup2(file, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY) if quiet else file, 1)
     os.close(file)

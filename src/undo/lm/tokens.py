@@ -130,12 +130,6 @@ def token_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> lis
     return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
-def enclosed(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
-    """<bos> ids <eos> of one document, uint32 [tokens]; without what the model's family does not have."""
-    ends = [[] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
-    return np.array([*ends[0], *ids, *ends[1]], dtype=np.uint32)
-
-
 def collate(rows: Iterable[list[np.ndarray]], length: int | None = None) -> Tokens:
     """Rows of document pieces -> Tokens, padded on the right with id 0 to `length` or to the longest row."""
     import torch

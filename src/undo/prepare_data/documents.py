@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from undo.data.ends import Ends
 from undo.data.store import batched, damage
-from undo.lm.tokens import MARK, enclosed, token_ids
+from undo.lm.tokens import MARK, token_ids
 from undo.prepare_data.text import Paired
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Document(NamedTuple):
 def documents(
     texts: Iterable[str],
     tokenizer: "PreTrainedTokenizerBase",
+    ends: Ends,
     label: str,
     budget: int | None = None,
     count: int = 0,
@@ -40,18 +42,18 @@ def documents(
     `count` documents with `tokens` tokens were read by an earlier attempt. Many texts at a time: the tokenizer then
     works on all cores (its own threads; 1.8 times one core's speed on two).
     """
-    begin, before = time.monotonic(), tokens
+    begin, before, around = time.monotonic(), tokens, sum(token is not None for token in ends)
     for some in batched(texts, TEXTS_AT_ONCE, CHARACTERS_AT_ONCE):
         encoded = encode(some, tokenizer)
-        count, tokens = count + len(encoded), tokens + sum(map(len, encoded)) + 2 * len(encoded)
+        count, tokens = count + len(encoded), tokens + sum(map(len, encoded)) + around * len(encoded)
         speed = (tokens - before) / max(time.monotonic() - begin, 1e-9)
         of = "" if budget is None else f" of {budget:,} ({min(1, tokens / budget):.0%})"
         print(f"{label}: {count:,} documents, {tokens:,}{of} tokens, {speed:,.0f} tokens/s", flush=True)
         others = iter(encode([text.other for text in some if isinstance(text, Paired)], tokenizer))
         for text, ids in zip(some, encoded, strict=True):
-            made = enclosed(ids, tokenizer)
+            made = ends.enclose(ids)
             if isinstance(text, Paired):
-                other = enclosed(next(others), tokenizer)
+                other = ends.enclose(next(others))
                 shared = min(len(made), len(other))
                 differs = np.ones(len(made), dtype=bool)
                 differs[:shared] = made[:shared] != other[:shared]

@@ -144,12 +144,14 @@ def tokenizer_folder(name: str) -> Path | None:
 
 @cache
 def vocabulary_of(tokenizer: str) -> int | None:
-    """How many tokens a local tokenizer has, from its tokenizer.json; None if there is none that can be read."""
+    """How many tokens text is made of, from a local tokenizer.json; None if there is none that can be read.
+
+    Added tokens are not counted: a model need not have a place for one that no text holds.
+    """
     folder = tokenizer_folder(tokenizer)
     try:
         facts = json.loads(((folder or Path()) / "tokenizer.json").read_text(encoding="utf-8"))
         pieces = facts["model"]["vocab"]  # a mapping, or a list of pairs
-        names = [piece if isinstance(piece, str) else piece[0] for piece in pieces]
-        return len({*names, *(token["content"] for token in facts["added_tokens"])})
+        return len({piece if isinstance(piece, str) else piece[0] for piece in pieces})
     except (OSError, ValueError, LookupError, TypeError):
         return None

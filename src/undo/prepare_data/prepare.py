@@ -14,7 +14,7 @@ from undo.data.problems import OPERATIONS, write_problems
 from undo.prepare_data.arithmetic import ArithmeticWorld
 from undo.prepare_data.preconditions import check_texts, check_tokenizer, reach, taken_apart, vocabulary_of
 from undo.prepare_data.text import Texts
-from undo.prepare_data.tokenizer import load_tokenizer, train_byte_pairs, train_words
+from undo.prepare_data.tokenizer import fetch_tokenizer, load_tokenizer, train_byte_pairs, train_words
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 from undo.train.stage import Stage
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+    from undo.data.ends import Ends
     from undo.data.store import TokenStore
 
 
@@ -50,6 +51,8 @@ class Prepare(Texts):
         None  # str: a folder or a hub id
     )
     tokenizer_from: RunName | None = None  # instead: another prepare run's
+    add_bos: bool | None = None  # a token before each document; None: as the tokenizer's family has it
+    add_eos: bool | None = None  # a token behind each document; None: where the tokenizer has one
 
     def check(self) -> None:
         if isinstance(self.tokenizer, str):
@@ -89,11 +92,12 @@ def prepare(cfg: Prepare, run: Run) -> None:
     if problems:
         write_problems(run.folder / "problems.jsonl", problems)
     tokenizer, vocab_size = make_tokenizer(cfg, (p.text for p in problems), run)
+    ends = document_ends(cfg, tokenizer, run)
     stores: dict[str, TokenStore] = {}
     in_both: dict[str, int] = {}
     for role in ROLES:
         if role in cfg.data:
-            made = split_text(cfg, role, tokenizer, vocab_size, run.folder)
+            made = split_text(cfg, role, tokenizer, ends, vocab_size, run.folder)
             for other in ROLES[: ROLES.index(role)]:
                 if other in cfg.data:
                     in_both[f"{other}, {role}"] = shared(run.folder, other, role)
@@ -101,7 +105,7 @@ def prepare(cfg: Prepare, run: Run) -> None:
             held_out = (p.text for p in problems if p.role == role and p.seen)
             made = []
             for part, texts in (("train", (p.text for p in cfg.world.train(role))), ("validation", held_out)):
-                found = (document.ids for document in documents(texts, tokenizer, f"{part}/{role}"))
+                found = (document.ids for document in documents(texts, tokenizer, ends, f"{part}/{role}"))
                 made.append(store(found, run.folder / part / role, cfg.length, vocab_size))
         else:
             continue
@@ -110,6 +114,8 @@ def prepare(cfg: Prepare, run: Run) -> None:
     run.finish(
         sources={key: place.label for key, place in places.items()},
         vocab_size=vocab_size,
+        bos=ends.bos,
+        eos=ends.eos,
         tokens={name: store.tokens for name, store in stores.items()},
         fill={name: round(store.tokens / (len(store) * store.length), 4) for name, store in stores.items()},
         documents={role: stores[f"train/{role}"].facts["documents"] for role in cfg.data},
@@ -128,11 +134,12 @@ def make_tokenizer(cfg: Prepare, problems: Iterable[str], run: Run) -> "tuple[Pr
         configured = cfg.tokenizer.vocab_size
     if not folder.exists():
         partial = folder.with_name("tokenizer.partial")
+        shutil.rmtree(partial, ignore_errors=True)
         match cfg.tokenizer:
             case None:
-                load_tokenizer(str(run.sibling(cfg.tokenizer_from or "").folder / "tokenizer")).save_pretrained(partial)
+                shutil.copytree(run.sibling(cfg.tokenizer_from or "").folder / "tokenizer", partial)
             case str() as name:
-                load_tokenizer(name).save_pretrained(partial)
+                fetch_tokenizer(name, partial)
             case WordTokenizer():
                 train_words(chain(generated(cfg), problems), configured, partial)
             case BytePairTokenizer(characters=characters, split_digits=split_digits):
@@ -142,6 +149,19 @@ def make_tokenizer(cfg: Prepare, problems: Iterable[str], run: Run) -> "tuple[Pr
         partial.rename(folder)
     tokenizer = load_tokenizer(str(folder))
     return tokenizer, max(len(tokenizer), configured)
+
+
+def document_ends(cfg: Prepare, tokenizer: "PreTrainedTokenizerBase", run: Run) -> "Ends":
+    """What encloses each document. With another prepare run's tokenizer it is that run's, unless the config says."""
+    from undo.data.ends import Ends, family_ends, recorded_ends
+
+    ends = family_ends(tokenizer, cfg.add_bos, cfg.add_eos)
+    if cfg.tokenizer_from is not None:
+        theirs = recorded_ends(run.sibling(cfg.tokenizer_from), tokenizer)
+        ends = Ends(theirs.bos if cfg.add_bos is None else ends.bos, theirs.eos if cfg.add_eos is None else ends.eos)
+    names = ["nothing" if token is None else repr(tokenizer.decode([token])) for token in ends]
+    print("documents begin with {} and end with {}".format(*names), flush=True)
+    return ends
 
 
 def generated(cfg: Prepare) -> Iterator[str]:
@@ -182,12 +202,11 @@ def check_disk(cfg: Prepare, folder: Path) -> None:
 
 
 def vocabulary(cfg: Prepare, run: RunDirectory) -> int | None:
-    """The size that is known before the run is made: one that is configured, or a local tokenizer's."""
-    if run.done:
-        return run.facts["vocab_size"]
+    """The size that is known before a model reads the data: one that is configured, or a local tokenizer's."""
     if isinstance(cfg.tokenizer, Frozen):
         return cfg.tokenizer.vocab_size
-    return None if cfg.tokenizer is None else vocabulary_of(cfg.tokenizer)
+    name = str(run.folder / "tokenizer") if run.done else cfg.tokenizer
+    return None if name is None else vocabulary_of(name)
 
 
 STAGE = Stage(

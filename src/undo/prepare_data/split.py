@@ -16,6 +16,7 @@ import numpy as np
 from undo.config.mistakes import ConfigError
 from undo.config.schema import ROLES, Role
 from undo.data import store
+from undo.data.ends import Ends
 from undo.data.store import StoreWriter, TokenStore, batched, pack
 from undo.prepare_data.documents import Fingerprints, documents, fingerprint
 from undo.prepare_data.preconditions import MANY_APART, apart_in_words, too_little
@@ -32,10 +33,10 @@ class Split:
     """
 
     def __init__(
-        self, cfg: Texts, role: Role, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, folder: Path
+        self, cfg: Texts, role: Role, tokenizer: "PreTrainedTokenizerBase", ends: Ends, vocab_size: int, folder: Path
     ) -> None:
         self.role: Role = role
-        self.cfg, self.tokenizer, self.source = cfg, tokenizer, cfg.data[role]
+        self.cfg, self.tokenizer, self.ends, self.source = cfg, tokenizer, ends, cfg.data[role]
         self.writer = StoreWriter(folder / "train" / role, cfg.length, vocab_size, self.source.paired)
         self.rng = np.random.default_rng([cfg.seed, ROLES.index(role)])
         state = self.writer.state or {}
@@ -66,7 +67,9 @@ class Split:
             return
         again = min(self.read, 1)  # the last document that an earlier attempt read: is it still where it was?
         texts = islice(source.texts(), self.read - again, None)
-        found = documents(texts, self.tokenizer, f"train/{self.role}", source.tokens, self.read - again, tokens)
+        found = documents(
+            texts, self.tokenizer, self.ends, f"train/{self.role}", source.tokens, self.read - again, tokens
+        )
         if again and ((document := next(found, None)) is None or zlib.crc32(document.ids.tobytes()) != self.last):
             raise ConfigError(
                 f"data.{self.role}: the text has changed since it was read in part; its document {self.read:,} is "
@@ -128,13 +131,13 @@ class Split:
 
 
 def split_text(
-    cfg: Texts, role: Role, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, folder: Path
+    cfg: Texts, role: Role, tokenizer: "PreTrainedTokenizerBase", ends: Ends, vocab_size: int, folder: Path
 ) -> list[TokenStore]:
     """The stores of training and validation text of a role."""
     train, validation = (folder / part / role for part in ("train", "validation"))
     if train.exists():
         return [TokenStore(train), TokenStore(validation)]
-    split = Split(cfg, role, tokenizer, vocab_size, folder)
+    split = Split(cfg, role, tokenizer, ends, vocab_size, folder)
     split.run()
     return split.finish(validation)
 

@@ -21,18 +21,14 @@ PIECE: Final = r" ?\d+| ?[A-Za-z]+| ?[^A-Za-z\d\s]"
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """A tokenizer from a folder, the hub or the mirror.
-
-    Raises ConfigError if it is missing, gated, or without BOS or EOS.
-    """
+    """A tokenizer from a folder, the hub or the mirror. Raises ConfigError if it is missing or gated."""
     from huggingface_hub.errors import GatedRepoError
     from transformers import AutoTokenizer
 
     from undo.config.secrets import find_token
 
     try:
-        place, token = mirror.stand_in(name) or os.path.expanduser(name), find_token("hf_token.txt", "HF_TOKEN")
-        tokenizer = AutoTokenizer.from_pretrained(place, token=token)
+        return AutoTokenizer.from_pretrained(located(name), token=find_token("hf_token.txt", "HF_TOKEN"))
     except (OSError, ValueError) as error:
         if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
             raise ConfigError(
@@ -43,9 +39,26 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
             f"tokenizer {name!r} is neither a folder with a tokenizer nor a hub id that can be reached\n"
             f"give another one with tokenizer=<path>; a gated one needs a token in tokens/hf_token.txt; or --mirror"
         ) from None
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise ConfigError(f"tokenizer {name!r} has no token for the beginning or the end of a document")
-    return tokenizer
+
+
+def located(name: str) -> str:
+    """The folder that a name means, of the user's own or of the mirror; else the hub id that it is."""
+    return os.path.expanduser(name) if Path(name).expanduser().is_dir() else mirror.stand_in(name) or name
+
+
+def fetch_tokenizer(name: str, folder: Path) -> None:
+    """Copy a tokenizer from a folder, the mirror or the hub, byte for byte. Raises ConfigError as `load_tokenizer`."""
+    from huggingface_hub import snapshot_download
+
+    from undo.config.secrets import find_token
+    from undo.lm.vocabulary import FILES, copy_tokenizer
+
+    load_tokenizer(name)
+    source = Path(located(name))
+    if not source.is_dir():
+        token = find_token("hf_token.txt", "HF_TOKEN")
+        source = Path(snapshot_download(name, token=token, allow_patterns=[*FILES, "config.json"]))
+    copy_tokenizer(source, folder)
 
 
 def train_byte_pairs(texts: Iterable[str], vocab_size: int, folder: Path, split_digits: bool = True) -> None:

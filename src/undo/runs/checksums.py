@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 1 << 22  # bytes in hand
-KINDS = ("*.safetensors", "*.json")  # of a model's folder: weights, their index, and what is made of them
+KINDS = ("metrics.jsonl", "model/*.safetensors", "model/*.json")
+
+
+def of_bytes(content: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(content)
 
 
 def of_file(path: Path) -> str:
@@ -25,9 +29,9 @@ def of_file(path: Path) -> str:
     return found.hexdigest()
 
 
-def of_model(folder: Path) -> dict[str, str]:
-    """File name -> checksum; empty where there is no such folder."""
-    return {path.name: of_file(path) for kind in KINDS for path in sorted(folder.glob(kind))}
+def of_run(folder: Path) -> dict[str, str]:
+    """Of the records and the model, by their path in the run's folder."""
+    return {str(path.relative_to(folder)): of_file(path) for kind in KINDS for path in sorted(folder.glob(kind))}
 
 
 def of_tensors(tensors: "Mapping[str, Tensor]", note: str) -> str:

@@ -124,10 +124,15 @@ class RunDirectory:
 
     def check_model(self) -> None:
         """Raises ConfigError if a file of the model is not what the run left. A run from before checksums has none."""
-        for name, sum_ in self.facts.get("checksums", {}).items():
-            path = self.model / name
-            if not path.is_file() or checksums.of_file(path) != sum_:
+        for name, checksum in self._checksums.items():
+            path = self.folder / name
+            if path.parent == self.model and not (path.is_file() and checksums.of_file(path) == checksum):
                 raise ConfigError(f"{path}: is gone, or is not what {self.name} left there; {AFRESH}")
+
+    @property
+    def _checksums(self) -> dict[str, str]:
+        """Of files of the run, by their path in it; none for a run that is not done, or is older than they are."""
+        return self.facts.get("checksums", {}) if self.done else {}
 
     @property
     def log(self) -> Path:
@@ -144,12 +149,12 @@ class RunDirectory:
         """Records that hold one of the quoted `keys`; all for none. The others are not parsed: most lines are steps."""
         path = self.folder / "metrics.jsonl"
         try:
-            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+            content = path.read_bytes()
         except FileNotFoundError:
             return
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(content.decode(errors="replace").split("\n")[:-1], 1):
             wanted, record = not keys or any(key in line for key in keys), None
             if wanted:
                 with suppress(ValueError):
@@ -158,6 +163,8 @@ class RunDirectory:
                 raise ConfigError(f"{path} line {number}: is damaged; {AFRESH}")
             if record is not None:
                 yield record
+        if self._checksums.get(path.name) not in (None, checksums.of_bytes(content)):
+            raise ConfigError(f"{path}: is not what the run recorded; {AFRESH}")
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Step -> metrics of the evaluation at that step."""

@@ -157,7 +157,7 @@ class Run(RunDirectory):
             "identity": identity_of(as_raw(config), parents),
             "parents": parents,
             **facts,
-            "checksums": checksums.of_model(self.model),
+            "checksums": checksums.of_run(self.folder),
             "seconds": round(self._seconds_before + time.monotonic() - self._started, 3),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **environment(),

@@ -13,7 +13,7 @@ from undo.evaluate.evaluator import Measured
 from undo.runs import precision, ranks
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
-from undo.train.parents import computed_in, open_stores
+from undo.train.parents import computed_in, open_stores, saved_dtype
 from undo.train.stage import TrainingStage
 
 if TYPE_CHECKING:
@@ -39,17 +39,19 @@ def fit(
 
     `starts_as` names the run whose unchanged model this is. All runs that start from it share its evaluation.
     """
+    import torch
+
     from undo.data.stream import MixedStream
     from undo.lm.disk import shape
     from undo.train import shard
     from undo.train.gradient import plain
-    from undo.train.loop import train
+    from undo.train.loop import mixed_precision, train
 
     data, stores = run.sibling(cfg.data), open_stores(cfg, run)
-    largest = max(store.vocab_size for store in stores.values())
-    if largest > model.config.vocab_size:
+    largest = max(store.largest for store in stores.values())
+    if largest >= model.config.vocab_size:
         raise ConfigError(
-            f"{data.folder} has a vocabulary of {largest}, the model only {model.config.vocab_size}\n"
+            f"{data.folder} holds token {largest}, the model has a vocabulary of {model.config.vocab_size}\n"
             f"prepare the data with the model's tokenizer"
         )
     training, length = computed_in(cfg.training), max(store.length for store in stores.values())
@@ -80,8 +82,12 @@ def fit(
         rng=rng,
         stop=stop or (lambda _: False),
     )
+    evaluation = outcome.evaluation
+    if cfg.leaves_model and rounded(model, saved_dtype(cfg, run)):  # what is kept is what is measured
+        with torch.no_grad(), mixed_precision(training, model.device):
+            evaluation, _ = ranks.of_the_leader(evaluator(model, True))
     if run.leads:  # for those who start as this model
-        write_atomically(evaluation_file(run, cfg), json.dumps(outcome.evaluation))
+        write_atomically(evaluation_file(run, cfg), json.dumps(evaluation))
     size = shape(model)
     return {
         "steps": outcome.steps,
@@ -91,9 +97,26 @@ def fit(
         "evaluation_flops": size.forward_flops(length) * outcome.evaluation_tokens,
         "parameters": size.parameters,
         "precision": training.precision,
-        "evaluation": outcome.evaluation,
+        "evaluation": evaluation,
         "seeds": {concern: cfg.seed_for(concern) for concern in ("init", "order", "noise", "objective")},
     }
+
+
+def rounded(model: "PreTrainedModel", dtype: "torch.dtype") -> bool:
+    """Round the weights to what `dtype` can hold -> whether it is another one. Raises ConfigError for an overflow."""
+    import torch
+
+    from undo.train import shard
+
+    if dtype == model.dtype:
+        return False
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.to(dtype))
+            if not shard.whole(weight).isfinite().all():
+                name = str(dtype).removeprefix("torch.")
+                raise ConfigError(f"save_dtype={name}: a weight is too large for it; take bfloat16 or float32")
+    return True
 
 
 def shared_evaluation(of: RunDirectory, cfg: TrainingStage, measure: Callable[[], Measured]) -> Measured:

@@ -16,6 +16,7 @@ from undo.lm.shape import Shape
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 
+SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Concern = Literal["init", "order", "noise", "objective"]
 
 
@@ -53,6 +54,7 @@ class TrainingStage(StageConfig):
     evaluation_data: RunName | None = None  # the prepare run whose validation data are used; None: the same
     training: Training
     evaluation: Evaluation
+    save_dtype: SaveDtype = "float32"  # of the model that is left; auto: as the pretrained model came
 
     @property
     def validated_on(self) -> RunName:
@@ -72,6 +74,11 @@ class TrainingStage(StageConfig):
 
     def trains(self, parameter: str) -> bool:
         """Whether the weight of this name is trained."""
+        return True
+
+    @property
+    def leaves_model(self) -> bool:
+        """Whether the run keeps its model."""
         return True
 
     @property
