@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import validate
+from undo.data.ends import family_ends
 from undo.data.store import StoreWriter, TokenStore
 from undo.lm.tokens import token_ids
 from undo.prepare_data import documents as tokenising
@@ -160,12 +161,13 @@ def test_control_tokens_that_are_spelled_in_a_document_are_text(prepared):
 def test_a_long_document_is_tokenised_in_pieces_and_stays_one(prepared, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(prepared.folder / "tokenizer")
     texts = ["river stone light\npaper seven " * 40, "short", "x" * 300, ""]
-    whole = [document.ids.tolist() for document in tokenising.documents(texts, tokenizer, "x")]
+    ends = family_ends(tokenizer)
+    whole = [document.ids.tolist() for document in tokenising.documents(texts, tokenizer, ends, "x")]
     asked = []
     monkeypatch.setattr(tokenising, "PIECE", 100)
     monkeypatch.setattr(tokenising, "CHARACTERS_AT_ONCE", 500)
     monkeypatch.setattr(tokenising, "token_ids", lambda some, own: asked.append(some) or token_ids(some, own))
-    cut = [document.ids.tolist() for document in tokenising.documents(texts, tokenizer, "x")]
+    cut = [document.ids.tolist() for document in tokenising.documents(texts, tokenizer, ends, "x")]
     assert cut[:2] + cut[3:] == whole[:2] + whole[3:]
     assert tokenizer.decode(cut[2][1:-1]) == texts[2]  # without a blank the seam is anywhere
     assert max(len(piece) for some in asked for piece in some) <= 100

@@ -61,7 +61,7 @@ def demo(runs: Path) -> Path:
     """Every run that configs/demo asks for, with --with robust and over two seeds, done with invented performances."""
     arguments = ["demo", "--with", "robust", "sweep.seed=[0,1]", "--runs", str(runs)]
     rng = random.Random(0)
-    for run in planned(cli.parser("").parse_intermixed_args(arguments))[0]:
+    for run in planned(cli.parser("", "").parse_intermixed_args(arguments))[0]:
         folder, config = run.directory.folder, run.config
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(dump_yaml(as_raw(config)))
