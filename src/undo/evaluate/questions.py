@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from undo.config.mistakes import ConfigError
+from undo.config.schema import Seed
 from undo.data.files import check_surrogates, find_files, read_rows
 from undo.data.hub import HubDataset
 
@@ -35,7 +36,7 @@ class Questions(HubDataset):
     shots: Annotated[int, Field(ge=0)] = 0  # solved examples before each question; 0: as the task has it
     shots_path: str | None = None  # where they come from: the first ones of the question's subject, in order
     share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of each subject, drawn at random; the authors take the first
-    seed: int = 0  # of that draw
+    seed: Seed = 0  # of that draw
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -20,6 +20,7 @@ from undo.runs.directory import INTERRUPTED, Diverged, Interrupted
 from undo.runs.run import Follower, Run
 from undo.train.stage import Stage
 
+LONGEST: Final = 300  # characters of a reason; the log has the rest
 UNWRITABLE: Final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -65,7 +66,7 @@ def reason(error: Exception) -> str:
     """Why a run failed, for the launcher's table."""
     if isinstance(error, ConfigError):
         return str(error)
-    said = f"{type(error).__name__}: {error}".splitlines()[0]
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST]  # a library may give its reason in line two
     if isinstance(error, OSError) and error.errno in UNWRITABLE and isinstance(error.filename, str | Path):
         place = Path(error.filename).absolute()
         if name := next((name for name, folder in library_folders() if folder in place.parents), None):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 
 from pydantic import Field
 
-from undo.config.schema import Count, Frozen, Role, Share
+from undo.config.schema import Count, Frozen, Role, Seed, Share
 from undo.data.problems import OPERATIONS, Form, Operation, Problem
 from undo.prepare_data import templates
 
@@ -40,7 +40,7 @@ class ArithmeticWorld(Frozen):
     largest_factor: Count = 20  # multiplication and division use 1..largest_factor
     forms: Annotated[tuple[Form, ...], Field(min_length=1)] = FORMS
     holdout: Share = 0.0  # share of operand pairs that training never sees
-    seed: int = 42
+    seed: Seed = 42
 
     def pairs(self, operation: Operation) -> tuple[Pairs, Pairs]:
         """All operand pairs of an operation: those that training sees, and the held-out ones.

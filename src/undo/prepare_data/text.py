@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from undo.config.mistakes import ConfigError
-from undo.config.schema import Count, Role, Share, StageConfig
+from undo.config.schema import Count, Role, Seed, Share, StageConfig
 from undo.data.files import PACKED, PLAIN, find_files, kind_of, read_texts, text_of
 from undo.data.hub import HubDataset
 from undo.prepare_data.corpora import origin
@@ -169,7 +169,7 @@ class Texts(StageConfig):
     shortest: Count = 50  # shorter documents are dropped (Appendix A)
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 5e-4  # of the documents
     validation_tokens: Count = 500_000  # of each role, at most
-    seed: int = 42  # of the split
+    seed: Seed = 42  # of the split
 
 
 def tokens_per_byte(file: Path) -> float:

@@ -47,6 +47,17 @@ class ReducedGemma2(Frozen):
         size = values.get("size") if isinstance(values, dict) else None
         return SIZES.get(size, {}) | values if size is not None else values
 
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        """What the library asks for, and would say when the model is built."""
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs")
+        return self
+
     @property
     def body_parameters(self) -> int:
         """Everything but the embedding, which is tied to the head."""

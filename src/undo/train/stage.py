@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from undo.config.mistakes import ConfigError
-from undo.config.schema import Mixture, RunName, StageConfig, Training
+from undo.config.schema import Mixture, RunName, Seed, StageConfig, Training
 from undo.evaluate import Evaluation
 from undo.lm.shape import Shape
 from undo.runs.directory import RunDirectory
@@ -48,8 +48,8 @@ def check_evaluation(evaluation: Evaluation) -> None:
 class TrainingStage(StageConfig):
     """Config of a stage that trains a model on mixtures of the prepared roles."""
 
-    seed: int = 0
-    seeds: dict[Concern, int] = Field(default={})  # single seeds; all others follow from `seed` and the stage
+    seed: Seed = 0
+    seeds: dict[Concern, Seed] = Field(default={})  # single seeds; all others follow from `seed` and the stage
     data: RunName  # the prepare run
     evaluation_data: RunName | None = None  # the prepare run whose validation data are used; None: the same
     training: Training
