@@ -21,7 +21,7 @@ from undo.config.files import dump_yaml
 from undo.config.schema import as_raw
 from undo.experiments import cli
 from undo.experiments.plan import PlannedRun
-from undo.runs.run import identity_of
+from undo.runs.directory import identity_of
 from undo.settings.whole import planned
 from undo.train.stage import TrainingStage
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 def plan(seeds: int, runs: Path) -> list[PlannedRun]:
     arguments = ["demo", f"sweep.seed={list(range(seeds))}", "--runs", str(runs)]
-    return planned(cli.parser("").parse_intermixed_args(arguments))[0]
+    return planned(cli.parser("", "").parse_intermixed_args(arguments))[0]
 
 
 def make(run: PlannedRun, identities: dict[str, str], rng: np.random.Generator) -> None:
@@ -39,7 +39,7 @@ def make(run: PlannedRun, identities: dict[str, str], rng: np.random.Generator) 
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_yaml(as_raw(config)))
     parents = {name: identities[name] for name in config.parents()}
-    identities[run.name] = identity_of(config, parents)
+    identities[run.name] = identity_of(as_raw(config), parents)
     facts = {"name": run.name, "variant": config.variant, "identity": identities[run.name], "parents": parents}
     facts |= {"seconds": 1.0, "finished": "2026-01-01T00:00:00+00:00", "device": "none", "devices": 1, "threads": 1}
     facts |= {"peak_rss_bytes": 1 << 30, "peak_device_bytes": None, "git_revision": None, "versions": {"undo": "0.1.0"}}

@@ -20,9 +20,17 @@ class Recorder:
 
     def __init__(self) -> None:
         self.events: list[tuple[str, str, str]] = []
+        self.waited_for: list[str] = []
 
     def changed(self, run: RunDirectory, state: str, detail: str = "") -> None:
         self.events.append((run.name, state, detail))
+
+    def looked(self, waits_for: str | None) -> None:
+        if waits_for is not None and waits_for not in self.waited_for:
+            self.waited_for.append(waits_for)
+
+    def stopping(self, jobs: int) -> None:
+        print("stopping", jobs, flush=True)
 
     def final(self) -> dict[str, str]:
         return {name: state for name, state, _ in self.events}
@@ -61,7 +69,9 @@ def work(folders: list[Path]) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if name.startswith("exit"):
                     sys.exit(7)
-                if name.startswith("sleep"):  # with a child here and one in its own session, as torchrun
+                if name.startswith("stubborn"):
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                if name.startswith(("sleep", "stubborn")):  # with a child here and one in its own session, as torchrun
                     sleeper = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
                     children = [subprocess.Popen(sleeper), subprocess.Popen(sleeper, start_new_session=True)]
                     (folder / "pids").write_text(json.dumps([os.getpid(), *(child.pid for child in children)]))

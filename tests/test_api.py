@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import undo
 from tests.conftest import ROOT, SHAPE, lively
+from undo.config.mistakes import ConfigError
 from undo.corrupt import starts_at_zero
 from undo.data.rows import PackedDocuments
 from undo.data.stream import MixedStream
@@ -116,7 +117,7 @@ def test_it_is_the_same_loop_on_the_same_batches(model):
     train(
         by_hand,
         lambda batch: {"ce": undo.losses.cross_entropy(by_hand, batch["train"])},
-        {"train": MixedStream({"forget": rows}, {"forget": 1.0}, 4, 4, 3)},
+        {"train": MixedStream({"forget": rows}, {"forget": 1.0}, 4, 3)},
         cfg,
         execution(),
         InMemory(4),
@@ -161,6 +162,15 @@ def test_an_attack_that_diverges_is_an_outcome(model):
     )
     assert 0 < len(attack.curves[1e30]) < 6
     assert attack.last == 1.0
+
+
+@pytest.mark.parametrize(("factor", "said"), [(float("nan"), "holds NaN or infinity"), (1e30, "before any update")])
+def test_a_broken_model_is_no_outcome_of_an_attack(model, factor, said):
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(factor)
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e30)
+    with pytest.raises(ConfigError, match=said):
+        undo.relearn(model, FORGET, rates=[1e-3], steps=2, **WAY)
 
 
 def test_strings_need_a_tokenizer_and_there_must_be_some(model):

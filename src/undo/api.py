@@ -7,7 +7,7 @@ Texts are strings, for which a tokenizer is needed, or documents as token ids.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +17,27 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from undo.attacks.relearn import BROKEN
+from undo.config.mistakes import ConfigError
 from undo.config.schema import Execution, Role, Training
 from undo.corrupt import Noise
+from undo.data.ends import family_ends
 from undo.data.rows import PackedDocuments
 from undo.data.stream import MixedStream
 from undo.evaluate.evaluator import Measured
 from undo.lm import place as placing
-from undo.lm.tokens import Tokens, collate, enclosed
+from undo.lm.disk import require_finite
+from undo.lm.read import head
+from undo.lm.tokens import Tokens, collate, token_ids
 from undo.losses import cross_entropy, forward_kl
-from undo.results.results import Results, worst_case
+from undo.results.attacked import worst_case
+from undo.results.results import Results
 from undo.runs.directory import Diverged
 from undo.runs.ranks import this_process
 from undo.settings import publish
 from undo.train.gradient import Objective, Step, plain
 from undo.train.loop import train
+from undo.train.parents import computed_in
 from undo.train.recorder import InMemory
 from undo.unlearn import health
 from undo.unlearn.method import Method
@@ -100,18 +107,21 @@ def distill(
     """A copy of `student`, trained on the teacher's outputs over unlabelled `texts` by KL(teacher || student).
 
     within: stop at the first check, after every `check_every` steps, at which the cross entropy on `retain` is within
-    this share of the teacher's (the paper: 0.05); None: train for all steps. options: see `finetune`. Raises ValueError
-    for `within` without `retain`, ConfigError for models of different vocabularies.
+    this share of the teacher's (the paper: 0.05); None: train for all steps. options: see `finetune`. With a tokenizer,
+    models that are padded to different widths have one vocabulary. Raises ValueError for `within` without `retain`,
+    ConfigError for models of different vocabularies.
     """
     if within is not None and retain is None:
         raise ValueError("within compares student and teacher on `retain`: give some retain texts")
     copy, frozen = _copy(student), placing.freeze(_copy(teacher))
+    least = min(len(head(model).weight) for model in (student, teacher))
+    vocabulary = least if tokenizer is not None and len(tokenizer) <= least else None
     with _placed(copy), _placed(frozen):
         target = None if within is None else _nats(frozen, _rows(retain or (), tokenizer, copy, options))
         recorder = InMemory(steps, options.pop("title", "distill"))
         _train(
             copy,
-            lambda batch: {"kl": forward_kl(copy, frozen, batch["retain"])},
+            lambda batch: {"kl": forward_kl(copy, frozen, batch["retain"], vocabulary)},
             {"retain": texts},
             tokenizer,
             steps,
@@ -198,7 +208,8 @@ def relearn(
 
     measured_on: held-out forget texts whose cross entropy makes the curve; None: the texts themselves. measure: instead
     of it, a function of the model that is being attacked; then `higher_is_better` and `unit` say what it returns.
-    options: see `finetune`. A rate at which the loss is not finite ends early: it is an outcome, not an error.
+    options: see `finetune`. A rate at which the loss is not finite ends early: it is an outcome, not an error. Raises
+    ConfigError if it is not finite before any update, which is no rate's doing.
     """
     curves: dict[float, dict[int, float]] = {}
     options = {"warmup_steps": 1, **options}
@@ -206,19 +217,23 @@ def relearn(
     for rate in rates:
         copy = _copy(model)
         recorder = InMemory(steps, title and f"{title}, rate {rate:g}")
-        with _placed(copy), suppress(Diverged):
-            _train(
-                copy,
-                _likelihood(copy),
-                {"forget": texts},
-                tokenizer,
-                steps,
-                rate,
-                recorder,
-                measure=measure or {"forget": texts if measured_on is None else measured_on},
-                evaluate_every=evaluate_every,
-                **options,
-            )
+        with _placed(copy):
+            try:
+                _train(
+                    copy,
+                    _likelihood(copy),
+                    {"forget": texts},
+                    tokenizer,
+                    steps,
+                    rate,
+                    recorder,
+                    measure=measure or {"forget": texts if measured_on is None else measured_on},
+                    evaluate_every=evaluate_every,
+                    **options,
+                )
+            except Diverged as diverged:
+                if diverged.step == 0:
+                    raise ConfigError(BROKEN.format("the model")) from None
         curves[rate] = {int(line["step"]): line["forget"] for line in recorder.records if "forget" in line}
     return Relearned(curves, higher_is_better, unit)
 
@@ -241,7 +256,11 @@ def read_results(runs: str | Path, setting: str) -> Results:
 
 
 def _copy(model: PreTrainedModel) -> PreTrainedModel:
-    """fp32 master weights, without dropout: a gradient here is a function of the batch."""
+    """fp32 master weights, without dropout: a gradient here is a function of the batch.
+
+    Raises ConfigError for NaN or infinity among them.
+    """
+    require_finite("the model", model)
     return deepcopy(model).float().eval().requires_grad_(True)
 
 
@@ -268,14 +287,15 @@ def _rows(
     texts: Texts, tokenizer: "PreTrainedTokenizerBase | None", model: PreTrainedModel, options: Mapping[str, Any]
 ) -> PackedDocuments:
     """Documents as the prepare stage encloses and packs them. Raises TypeError for strings without a tokenizer."""
+    ends = None if tokenizer is None else family_ends(tokenizer)
     documents = []
     for text in texts:
         if not isinstance(text, str):
             documents.append(np.asarray(text, dtype=np.uint32))
-        elif tokenizer is None:
+        elif tokenizer is None or ends is None:
             raise TypeError("these texts are strings: give the model's tokenizer, too")
         else:
-            documents.append(enclosed(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer))
+            documents.append(ends.enclose(token_ids([text], tokenizer)[0]))
     return PackedDocuments(documents, options.get("length", 256), model.config.vocab_size)
 
 
@@ -313,18 +333,20 @@ def _train(
     """The loop on texts in memory. measure: texts by role, or a function of the model, measured as `forget`."""
     sizes = {"length": length}
     every: dict[Role, PackedDocuments] = {role: _rows(some, tokenizer, model, sizes) for role, some in texts.items()}
-    cfg = Training.model_validate(
-        {
-            "steps": steps,
-            "batch_rows": batch_rows,
-            "learning_rate": learning_rate,
-            "evaluate_every": evaluate_every or steps,
-            **training,
-        },
-        strict=False,
+    cfg = computed_in(
+        Training.model_validate(
+            {
+                "steps": steps,
+                "batch_rows": batch_rows,
+                "learning_rate": learning_rate,
+                "evaluate_every": evaluate_every or steps,
+                **training,
+            },
+            strict=False,
+        )
     )
     streams = {
-        role: MixedStream({role: rows}, {role: 1.0}, batch_rows, steps, seed + index)
+        role: MixedStream({role: rows}, {role: 1.0}, batch_rows, seed + index)
         for index, (role, rows) in enumerate(every.items())
     }
     validation = (

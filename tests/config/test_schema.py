@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from undo.prepare_data.prepare import Prepare
 from undo.prepare_models.pretrain import Pretrain
 from undo.results.selection import RANKS
 from undo.settings import whole as run_all
+from undo.settings.command import WHOLE, call
 from undo.settings.stages import STAGES
 from undo.unlearn.stage import Unlearn
 
@@ -158,14 +160,18 @@ def test_a_part_of_the_mixture_can_be_left_out():
 @pytest.mark.parametrize(("variant", "missing"), [("corpora", 1), ("qa", 2), ("mixture", 1)])
 def test_the_remedy_for_a_missing_file_is_one(variant, missing, tmp_path, monkeypatch):
     """What the message says mends what it complains of."""
-    (tmp_path / "mine.jsonl").write_text('{"text": "a"}')
+    for number in range(missing):
+        texts = ({"text": f"{number}: the document {i}"} for i in range(2000))
+        (tmp_path / f"mine{number}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     monkeypatch.chdir(tmp_path)
     overrides: list[str] = []
-    for _ in range(missing):
+    for number in range(missing):
         with pytest.raises(ConfigError) as error:
             prepared("wmdp_bio", *overrides)[variant].check()
         assert len(str(error.value).splitlines()) <= 3
-        overrides += [f"{key}=mine.jsonl" for key in re.findall(r"with prepare\.(\S+)=\.\.\.", str(error.value))]
+        overrides += [
+            f"{key}=mine{number}.jsonl" for key in re.findall(r"with prepare\.(\S+)=\.\.\.", str(error.value))
+        ]
     assert all(text.startswith(f"variants.{variant}.") for text in overrides)
     prepared("wmdp_bio", *overrides)[variant].check()
 
@@ -187,6 +193,13 @@ def test_points_are_filled_in_as_the_numbers_they_are():
     assert expand(raw, {}, "made.yaml") == [{"name": "a", "variant": "", "x": 2e-5}]
     with pytest.raises(ConfigError, match=r"cannot fill in '\{points\.rmu\.best\.rate\}'"):
         expand({**raw, "x": "{points.rmu.best.rate}"}, {}, "made.yaml")
+
+
+def test_a_brace_that_stands_for_itself_is_written_twice():
+    raw = {"name": "a", "path": "korpus {{x}}/{name}.jsonl"}
+    assert expand(raw, {}, "made.yaml")[0]["path"] == "korpus {x}/a.jsonl"
+    with pytest.raises(ConfigError, match=r"cannot fill in 'korpus \{x\}': .*\n.* is written twice: \{\{ or \}\}"):
+        expand({**raw, "path": "korpus {x}"}, {}, "made.yaml")
 
 
 def test_let_is_filled_in_and_is_no_key_of_a_run():
@@ -244,6 +257,46 @@ def test_refusals_name_the_key_and_the_fix(override, words):
     assert len(message.splitlines()) <= 3
 
 
+def test_an_override_that_makes_variants_the_same_is_refused_and_one_that_is_in_the_name_is_not():
+    """undo_0.8 with alpha 0.5 would be a name that lies."""
+    raw = {"name": "{variant}", "noise": {"beta": 0.1}}
+    raw["variants"] = {"undo_0.8": {"noise": {"alpha": 0.8}}, "undo_0.6": {"noise": {"alpha": 0.6}}}
+    with pytest.raises(ConfigError) as error:
+        expand(raw, {"noise.alpha": 0.5}, "mine.yaml")
+    assert str(error.value) == (
+        "mine.yaml: with noise.alpha=0.5, undo_0.8 and undo_0.6 are the same run under two names\n"
+        "name your own with variant=<name> noise.alpha=0.5, or change one alone with variants.<name>.<key>=<value>"
+    )
+    assert len(expand(raw, {"noise.beta": 0.5}, "mine.yaml")) == 2
+    assert [run["name"] for run in expand(raw, {"noise.alpha": 0.5, "variant": "mine"}, "mine.yaml")] == ["mine"]
+    assert [run.name for run in runs_of("undo", "noise.alpha=0.5")] == ["undo_0.5-seed_0"]
+    with pytest.raises(ConfigError, match="reference-lr_4e-03-seed_0 and oracle-lr_4e-03-seed_0 are the same run"):
+        runs_of("relearn", "model=undo/mine")
+
+
+def test_an_override_of_a_stage_that_the_setting_lacks_is_refused(tmp_path):
+    args = cli.parser("", "").parse_intermixed_args(["demo", "base.model=x", "--runs", str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"base\.model: demo has no stage base; its stages: prepare, pretrain"):
+        run_all.planned(args)
+
+
+@pytest.mark.parametrize("name", [*STAGES, *WHOLE])
+def test_the_example_of_every_help_runs_as_printed(name, tmp_path, monkeypatch, capsys):
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [f"run_{name}.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            call(name)
+        return end.value.code
+
+    assert run("--help") == 0
+    (example,) = re.findall(r"^example: (.*)$", capsys.readouterr().out, re.MULTILINE) or [None]
+    if example is None:
+        assert name == "figures"  # of runs that are done
+        return
+    script, *arguments = shlex.split(example)
+    assert (script, run(*arguments, "--runs", str(tmp_path))) == (f"run_{name}.py", 0), capsys.readouterr().err
+
+
 def test_refusals_of_methods_name_the_key_without_the_union_s_tags():
     message = refusal("method.beta=1", stage="unlearn")
     assert "unknown key 'method.beta'" in message
@@ -292,6 +345,49 @@ def test_unreadable_yaml(tmp_path, content, words):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=words):
         read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("variants: {a: null, b: 3}", r"mine\.yaml: variants\.b, and a sweep in it, must be a mapping, got 3"),
+        ("variants: {a: {sweep: 3}}", r"variants\.a, and a sweep in it, must be a mapping"),
+        ("adversaries: {a: 3}", r"adversaries\.a, .* must be a mapping"),
+        ("variants: [a]", "`variants` must be a mapping"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("a: " + "{a: " * 5000 + "1" + "}" * 5000, "nested too deeply"),
+        ('name: "{variant:>9999999999}"', r"cannot fill in .*variant:>9999999999"),
+        ('name: "{variant.__class__}"', "no such key or format"),
+        ('name: "{variant!r}"', "no such key or format"),
+        ('name: "{seed.x}"\nseed: 3', "no such key or format"),
+        ('name: "{"', r"is written twice: \{\{ or \}\}"),
+        ('name: "{seed:d}"\nseed: x', "no such key or format"),
+        ("name: x\nsweep: {seed: 3}", r"sweep\.seed must be a list"),
+        ("name: x\nlet: ${oc.env:HOME}", r"mine\.yaml: \$\{oc\.env:HOME\}: look-ups are not taken"),
+        ("name: x\nlet: ${oc.env:HOME,${seed}}\nseed: 1", "look-ups are not taken"),
+        ("name: ${nothing}", "'nothing' not found"),
+        ("name: !!binary aGVsbG8=", "a value is binary"),
+    ],
+)
+def test_yaml_that_means_nothing_is_one_line(tmp_path, content, words):
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=words) as error:
+        expand(read_yaml(path), {}, str(path))
+    assert len(str(error.value).splitlines()) <= 2
+
+
+def test_an_override_reads_no_environment(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    with pytest.raises(ConfigError, match=r"name: \$\{oc\.env:HF_TOKEN\}: look-ups are not taken"):
+        parse_overrides(["name=${oc.env:HF_TOKEN}"])
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        parse_overrides(["a=" + "[" * 3000 + "]" * 3000])
+
+
+def test_a_brace_of_a_path_is_written_twice():
+    (run,) = expand({"name": "a", "path": "data/{{x}}-{seed}.jsonl", "seed": 3}, {}, "mine.yaml")
+    assert run["path"] == "data/{x}-3.jsonl"
 
 
 def test_missing_file_names_the_settings_there_are():
@@ -353,7 +449,7 @@ def test_experiments_beside_the_main_one(tmp_path, monkeypatch):
     shutil.copytree(DEMO, folder)
 
     def planned(*arguments: str) -> set[str]:
-        args = cli.parser("").parse_intermixed_args([str(folder), *arguments])
+        args = cli.parser("", "").parse_intermixed_args([str(folder), *arguments])
         args.runs = tmp_path
         return {run.name for run in run_all.planned(args)[0]}
 
@@ -375,10 +471,10 @@ def test_experiments_beside_the_main_one(tmp_path, monkeypatch):
 
 def test_seeds_of_a_whole_setting_are_those_of_training(tmp_path):
     """The README's way to three seeds: the data are prepared once, with their own seed."""
-    args = cli.parser("").parse_intermixed_args(["demo", "sweep.seed=[0,1,2]", "--runs", str(tmp_path)])
+    args = cli.parser("", "").parse_intermixed_args(["demo", "sweep.seed=[0,1,2]", "--runs", str(tmp_path)])
     runs, _ = run_all.planned(args)
     assert [run.name for run in runs if run.stage.name == "prepare"] == ["prepare/data"]
-    one = run_all.planned(cli.parser("").parse_intermixed_args(["demo", "--runs", str(tmp_path)]))[0]
+    one = run_all.planned(cli.parser("", "").parse_intermixed_args(["demo", "--runs", str(tmp_path)]))[0]
     assert len(runs) == 3 * (len(one) - 1) + 1
     assert run_all.route({"seed": 7})["prepare"] == {}
 

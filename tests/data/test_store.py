@@ -1,5 +1,8 @@
 """The token store: nothing lost, nothing torn that fits, and a stream that knows every step by its number."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,8 @@ from hypothesis import strategies as st
 from tests.conftest import batch
 from undo.config.mistakes import ConfigError
 from undo.data import store as tokens
-from undo.data.store import TokenStore, batched, best_fit, pack
+from undo.data import stream as stream_module
+from undo.data.store import StoreWriter, TokenStore, batched, best_fit, pack
 from undo.data.stream import MixedStream
 from undo.lm.tokens import IGNORE, collate
 
@@ -44,6 +48,53 @@ def test_a_token_outside_the_vocabulary_is_refused_and_leaves_no_store(tmp_path)
     with pytest.raises(ConfigError, match="1000 does not fit"):
         pack([np.array([1, 1000])], tmp_path / "s", 8, 1000)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("tokens.bin", lambda file: os.truncate(file, 100), "has 100 bytes, not 600"),
+        ("rows.bin", lambda file: os.truncate(file, 24), "has 24 bytes, not"),
+        ("pieces.bin", Path.unlink, "cannot be read (No such file or directory)"),
+        ("pieces.bin", lambda file: file.write_bytes(file.read_bytes()[::-1]), "is not what was written"),
+        ("tokens.bin", lambda file: file.write_bytes(bytes(600)), "is not what was written"),
+        ("store.json", Path.unlink, "cannot be read"),
+        ("store.json", lambda file: file.write_text(""), "is damaged"),
+        ("store.json", lambda file: file.write_text("null"), "is damaged"),
+        ("store.json", lambda file: file.write_text("{}"), "is damaged"),
+        ("store.json", lambda file: file.write_bytes(b"\xff"), "is damaged"),
+    ],
+)
+def test_damage_is_named_with_its_file(tmp_path, name, damage, said):
+    """A store cut in half would train on half of the data."""
+    pack([np.arange(300)], tmp_path / "s", 64, 1000)
+    damage(tmp_path / "s" / name)
+    with pytest.raises(ConfigError) as error:
+        TokenStore(tmp_path / "s")
+    assert f"{tmp_path / 's' / name}: {said}" in str(error.value)
+    assert "--force" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [("tokens.bin", b"1234", "has 4 bytes, not 600"), ("progress.json", b'{"state": {', "is damaged")],
+)
+def test_a_store_that_was_damaged_half_way_is_not_continued(tmp_path, name, content, said):
+    """Truncating a file to what it should hold would fill it up with zeros."""
+    StoreWriter(tmp_path / "s", 64, 1000).add([np.arange(300)], {})
+    (tmp_path / "s.partial" / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"s\.partial/{name}: {said}"):
+        StoreWriter(tmp_path / "s", 64, 1000)
+
+
+def test_of_large_files_the_size_alone_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "SMALL", 100)
+    pack([np.arange(300)], tmp_path / "s", 64, 1000)
+    (tmp_path / "s/tokens.bin").write_bytes(bytes(600))
+    TokenStore(tmp_path / "s")
+    os.truncate(tmp_path / "s/tokens.bin", 598)
+    with pytest.raises(ConfigError, match=r"tokens\.bin: has 598 bytes"):
+        TokenStore(tmp_path / "s")
 
 
 def test_windows_of_packing_end_by_number_and_by_size():
@@ -84,16 +135,30 @@ def stores(tmp_path_factory):
 
 
 def test_the_stream_depends_on_seed_and_step_alone(stores):
-    one, two = (MixedStream(stores, {"retain": 0.5, "forget": 0.5}, 6, 40, seed=3) for _ in range(2))
+    one, two = (MixedStream(stores, {"retain": 0.5, "forget": 0.5}, 6, seed=3) for _ in range(2))
     forwards = [one.batch(step).input_ids for step in range(40)]
     for step in reversed(range(40)):
         assert torch.equal(two.batch(step).input_ids, forwards[step])
-    other = MixedStream(stores, {"retain": 0.5, "forget": 0.5}, 6, 40, seed=4)
+    other = MixedStream(stores, {"retain": 0.5, "forget": 0.5}, 6, seed=4)
     assert any(not torch.equal(other.batch(s).input_ids, forwards[s]) for s in range(40))
 
 
+def test_the_draws_do_not_depend_on_how_many_are_held(stores, monkeypatch):
+    """Blocks of three steps give what one draw of all rows gives, forwards, backwards and from the middle."""
+    shares = {"retain": 0.6, "forget": 0.4}
+    whole = MixedStream(stores, shares, 6, seed=3)
+    expected = [whole.batch(step).input_ids for step in range(40)]
+    drawn = np.random.default_rng([3, 0]).choice(2, size=(40, 6), p=[0.6, 0.4])
+    assert [[int(row[0] >= 100) for row in rows] for rows in expected] == drawn.tolist()
+    monkeypatch.setattr(stream_module, "DRAWN_AT_ONCE", 18)
+    for steps in (range(40), reversed(range(40)), (25, 3, 39)):
+        held = MixedStream(stores, shares, 6, seed=3)
+        for step in steps:
+            assert torch.equal(held.batch(step).input_ids, expected[step])
+
+
 def test_shares_are_met_and_every_epoch_takes_every_row_once(stores):
-    stream = MixedStream(stores, {"retain": 0.75, "forget": 0.25}, 10, 100, seed=0)
+    stream = MixedStream(stores, {"retain": 0.75, "forget": 0.25}, 10, seed=0)
     drawn = torch.cat([stream.batch(step).input_ids[:, 0] for step in range(100)])
     retain, forget = drawn[drawn < 100].tolist(), drawn[drawn >= 100].tolist()
     assert abs(len(retain) / 1000 - 0.75) < 0.05
@@ -104,7 +169,7 @@ def test_shares_are_met_and_every_epoch_takes_every_row_once(stores):
 
 
 def test_a_role_of_share_zero_is_never_drawn(stores):
-    stream = MixedStream(stores, {"retain": 1.0, "forget": 0.0}, 10, 20, seed=0)
+    stream = MixedStream(stores, {"retain": 1.0, "forget": 0.0}, 10, seed=0)
     assert all((stream.batch(step).input_ids < 100).all() for step in range(20))
 
 

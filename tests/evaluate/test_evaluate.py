@@ -11,7 +11,9 @@ from transformers import AutoTokenizer
 
 from tests.conftest import SHAPE, training
 from tests.train.test_loop import go
-from undo.data.problems import Problem
+from undo.config.mistakes import ConfigError
+from undo.data.ends import family_ends
+from undo.data.problems import Problem, read_problems
 from undo.data.store import TokenStore
 from undo.evaluate import Accuracy, TokenCrossEntropy
 from undo.evaluate.accuracy import arg_max_hits, encode, pack_answers, summarise
@@ -44,7 +46,7 @@ def tokenizer(data):
 def test_teacher_forcing_equals_greedy_decoding(half_trained, problems, tokenizer):
     with torch.no_grad():
         hits = np.ones(len(problems), dtype=bool)
-        for tokens, owner in pack_answers(problems, range(len(problems)), tokenizer, rows=7):
+        for tokens, owner in pack_answers(problems, range(len(problems)), tokenizer, family_ends(tokenizer), rows=7):
             np.logical_and.at(hits, owner, arg_max_hits(half_trained, tokens))
         greedy = []
         for problem in problems:
@@ -57,10 +59,37 @@ def test_teacher_forcing_equals_greedy_decoding(half_trained, problems, tokenize
     assert 0.05 < np.mean(greedy) < 0.95  # both outcomes occur
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[: text.rindex("{")], r"holds \d+ problems, not \d+"),
+        (lambda text: text[:-40], "is damaged"),
+        (lambda text: text.replace("operation", "Operation", 1), "is damaged"),
+        (lambda text: None, "cannot be read"),
+    ],
+)
+def test_damaged_problems_are_named(data, tmp_path, damage, said):
+    text = damage((data.folder / "problems.jsonl").read_text())
+    if text is not None:
+        (tmp_path / "problems.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=rf"problems\.jsonl: {said}"):
+        read_problems(tmp_path / "problems.jsonl", data.facts["problems"])
+
+
 def test_accuracy_does_not_depend_on_how_problems_are_batched(half_trained, data):
     one, two = (Accuracy(rows=rows).load(data, torch.device("cpu")) for rows in (1, 500))
     with torch.no_grad():
         assert one(half_trained, True).values == two(half_trained, True).values
+
+
+@pytest.mark.parametrize("evaluation", [Accuracy(), TokenCrossEntropy()], ids=lambda e: e.name)
+def test_an_evaluation_takes_no_gradient(half_trained, data, evaluation):
+    """Whoever calls it, and in whatever mode."""
+    evaluate = evaluation.load(data, torch.device("cpu"))
+    with torch.no_grad():
+        expected = evaluate(half_trained, True)
+    with torch.enable_grad():
+        assert evaluate(half_trained, True) == expected
 
 
 def test_a_fixed_evenly_spaced_subset_at_a_share_of_the_cost(half_trained, data, problems):
@@ -150,7 +179,7 @@ def test_held_out_pairs_are_reported_apart(half_trained, data):
 
 
 def test_encoding_ends_in_eos_and_counts_the_prompt(problems, tokenizer):
-    ids, prompt = encode(problems[0], tokenizer)
+    ids, prompt = encode(problems[0], tokenizer, family_ends(tokenizer))
     assert ids[0] == tokenizer.bos_token_id
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[:prompt], skip_special_tokens=True) == problems[0].prompt

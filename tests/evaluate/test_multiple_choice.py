@@ -1,5 +1,6 @@
 """Multiple choice is what the harness' own command line says, at less cost; and bad files are named."""
 
+import gzip
 import json
 import os
 import re
@@ -23,9 +24,10 @@ from tests.conftest import ROOT, SHAPE, lively, training
 from undo.config.mistakes import ConfigError
 from undo.config.schema import validate
 from undo.evaluate import MultipleChoice, TokenCrossEntropy
-from undo.evaluate.harness import Benchmark, Encoded, InMemory, build, plan, quiet, write_task
+from undo.evaluate.harness import Benchmark, Encoded, InMemory, plan, quiet
 from undo.evaluate.multiple_choice import describe
-from undo.evaluate.questions import Questions
+from undo.evaluate.questions import Questions, read
+from undo.evaluate.tasks import build, write_task
 from undo.lm.disk import save
 from undo.lm.place import place
 from undo.runs.directory import RunDirectory
@@ -118,7 +120,7 @@ def files(tmp_path_factory):
         "test": put(folder / "test.parquet", questions(48, 0)),
         "dev": put(folder / "dev.jsonl", questions(14, 1)),
         "zero": put(folder / "zero.json", questions(21, 2, subjects=())),
-        "mixed": put(folder / "mixed.jsonl", questions(30, 3, choices=(2, 3, 4, 5))),
+        "mixed": put(folder / "mixed.jsonl", questions(30, 4, choices=(2, 3, 4, 5))),
     }
 
 
@@ -244,6 +246,23 @@ def test_the_rows_of_a_question_are_read_once(tokenizer, files):
     inside = [Encoded([1, 2, 3], [4]), Encoded([1, 2, 3], [4, 5, 6]), Encoded([1, 2, 9], [4, 5, 7])]
     assert plan(inside, 9).prefix == (1, 2)
     assert plan(inside, 9).batches[0].ids.tolist() == [[3, 4, 5], [9, 4, 5]]  # the first lies within the second
+
+
+def test_long_questions_are_asked_few_at_a_time(monkeypatch):
+    """Batches are bounded by tokens, padding included: one long question does not pad fifteen short ones to it."""
+    monkeypatch.setattr("undo.evaluate.likelihoods.TOKENS_AT_ONCE", 60)
+    sizes = (3, 3, 4, 20, 29, 5, 100)
+    requests = [Encoded([100 + number, *range(size)], [1]) for number, size in enumerate(sizes)]
+    shapes = [tuple(batch.ids.shape) for batch in plan(requests, 4, reuse=False).batches]
+    assert shapes == [(4, 6), (2, 30), (1, 101)]
+
+
+def test_a_byte_order_mark_and_packed_files_are_read(tmp_path):
+    line = json.dumps(ROW).encode() + b"\n"
+    (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + line)
+    (tmp_path / "q.jsonl.gz").write_bytes(gzip.compress(line))
+    for name in ("q.jsonl", "q.jsonl.gz"):
+        assert [question.question for question in read(str(tmp_path / name))] == ["why?"]
 
 
 @pytest.mark.parametrize("tokens", [400, 260])
@@ -389,17 +408,21 @@ ROW = {"question": "why?", "choices": ["a", "b"], "answer": 1}
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [
-        ("q.jsonl", [ROW, ROW | {"answer": 2}], "q.jsonl row 1: answer 2 is not an index into its 2 choices (0 to 1)"),
+        ("q.jsonl", [ROW, ROW | {"answer": 2}], "q.jsonl line 2: answer 2 is not an index into its 2 choices (0 to 1)"),
         ("q.parquet", [ROW, ROW, ROW | {"answer": -1}], "q.parquet row 2: answer -1 is not an index"),
         ("q.jsonl", [ROW | {"answer": "B"}], "answer 'B' is not an index"),
         ("q.parquet", [{"question": "why?", "answer": 0}], "q.parquet row 0: has no column 'choices'; it has answer"),
-        ("q.json", [ROW | {"choices": ["a"], "answer": 0}], "q.json row 0: has 1 choices; a question needs 2 to 26"),
+        ("q.json", [ROW | {"choices": ["a"], "answer": 0}], "q.json entry 0: has 1 choices; a question needs 2 to 26"),
         ("q.json", [ROW | {"choices": [1, 2]}], "column 'choices' must be a list of texts"),
         ("q.json", [ROW | {"question": " "}], "the question is empty"),
         ("q.json", [ROW | {"question": 3}], "column 'question' holds 3, not text"),
-        ("q.json", ["why?"], "q.json row 0: is not an object"),
-        ("q.jsonl", [], "q.jsonl: holds no questions"),
-        ("q.csv", [ROW], "q.csv: is not one of .parquet, .jsonl, .json"),
+        ("q.json", ["why?"], "q.json entry 0: is not an object"),
+        ("q.jsonl", [], "q.jsonl: is empty"),
+        ("q.json", [], "q.json: holds no questions"),
+        ("q.json", [ROW | {"choices": ["a"] * 4}], "q.json entry 0: its 4 choices are all 'a'"),
+        ("q.json", [ROW | {"choices": [str(i) for i in range(500)]}], "has 500 choices; a question needs 2 to 26"),
+        ("q.json", [ROW | {"question": "why \ud83d?"}], "column 'question' holds half a surrogate pair (\\ud83d)"),
+        ("q.csv", [ROW], "q.csv: unknown kind of file; give one of .parquet, .jsonl, .json"),
     ],
 )
 def test_bad_files(tmp_path, name, rows, message):
@@ -414,10 +437,10 @@ def test_bad_files(tmp_path, name, rows, message):
     ("name", "content", "message"),
     [
         ("q.parquet", b"no parquet at all", "is not a parquet file, or is damaged"),
-        ("q.jsonl", b'{"question": 1}\nnonsense\n', "q.jsonl line 2: is not JSON"),
+        ("q.jsonl", json.dumps(ROW).encode() + b"\nnonsense\n", "q.jsonl line 2: is not JSON"),
         ("q.json", b"[1, 2", "q.json: is not JSON"),
         ("q.jsonl", b"\xff\xfe", "is not UTF-8"),
-        ("elsewhere.jsonl", b"", "q.jsonl: no such file"),
+        ("elsewhere.jsonl", b"", "q.jsonl: there is no such file"),
     ],
 )
 def test_unreadable_files(tmp_path, name, content, message):
@@ -459,7 +482,7 @@ def test_bad_blocks(block, message):
 
 def test_a_prompt_longer_than_the_context_is_refused_not_cut(tokenizer, world, asked):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2, n_positions=64))
-    with pytest.raises(ConfigError, match=r"a question with its 5 shots has \d+ tokens, the model reads 64"):
+    with pytest.raises(ConfigError, match=r"the question 'river .*' with its 5 shots has \d+ tokens, the model reads"):
         MultipleChoice(**asked).load(world, CPU)(model, True)
 
 

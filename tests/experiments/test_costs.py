@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from tests.conftest import SHAPE, batch, lively
 from tests.unlearn.test_methods import METHODS
 from undo import losses as equations
+from undo.data.ends import family_ends
 from undo.evaluate.accuracy import arg_max_hits, pack_answers
 from undo.lm import flops
 from undo.lm.place import freeze
@@ -155,7 +156,7 @@ def test_an_accuracy_evaluation_of_800_problems_is_a_few_thousand_kernels(data):
     assert len(problems) == 800
     tokenizer = AutoTokenizer.from_pretrained(data.folder / "tokenizer")
     model = SHAPE.model_copy(update={"layers": 14}).build(0)
-    batches = list(pack_answers(problems, range(800), tokenizer, rows=256))
+    batches = list(pack_answers(problems, range(800), tokenizer, family_ends(tokenizer), rows=256))
     with torch.no_grad(), Counter() as counter:
         answers = sum(len(arg_max_hits(model, tokens)) for tokens, _ in batches)
     assert answers == sum(int((tokens.labels != IGNORE).sum()) for tokens, _ in batches) >= 1600

@@ -1,21 +1,29 @@
 """The launcher with real processes: isolation, device shares, and no orphan however it ends."""
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 from tests.fake_stage import Recorder, directory, job
+from undo.config.mistakes import ConfigError
 from undo.launch import devices
-from undo.launch.devices import take_slot, visible_gpus
+from undo.launch.devices import check_card, take_slot, visible_gpus
 from undo.launch.jobs import DeviceShare
 from undo.launch.local import run_jobs
+from undo.runs import ranks
+from undo.settings.stages import STAGES
 
 
 @pytest.fixture(autouse=True)
@@ -113,12 +121,90 @@ def test_asking_in_vain_leaves_nothing_behind(tmp_path):
 
 
 def test_cpu_workers_divide_the_cores(tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "cores", lambda: 6)
+    monkeypatch.setattr(devices, "cores", lambda: range(6))
     taken = [take_slot(DeviceShare(threads=2), [], tmp_path) for _ in range(4)]
     assert [slot is not None for slot in taken] == [True, True, True, False]
     for slot in taken[:3]:
         assert slot
         slot.release()
+
+
+def test_launchers_on_different_cores_do_not_wait_for_each_other(tmp_path, monkeypatch):
+    """taskset, Slurm and Docker give each its own."""
+    monkeypatch.setattr(devices, "cores", lambda: [0, 1])
+    whole = take_slot(DeviceShare(threads=2), [], tmp_path)
+    monkeypatch.setattr(devices, "cores", lambda: [1, 2])
+    first, second = (take_slot(DeviceShare(), [], tmp_path) for _ in range(2))
+    assert whole
+    assert first  # core 2
+    assert second is None
+    whole.release()
+    assert take_slot(DeviceShare(), [], tmp_path) is not None
+
+
+def test_who_computes_nothing_waits_for_no_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "cores", lambda: [0])
+    assert take_slot(DeviceShare(), [], tmp_path)
+    linked = take_slot(DeviceShare(devices=0), [], tmp_path)
+    assert linked
+    assert linked.device == "cpu"
+    assert take_slot(DeviceShare(devices=0), ["0"], tmp_path)
+    assert [stage.name for stage in STAGES.values() if not stage.computes] == ["base"]
+
+
+@pytest.mark.parametrize("gpus", ["", "7"])
+def test_who_waits_says_for_what(tmp_path, monkeypatch, gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.setattr(devices, "cores", lambda: [5])
+    folder = tmp_path / f"undo-slots-{os.getuid()}"
+    slot = take_slot(DeviceShare(), visible_gpus(), folder, "/runs/demo/pretrain/other run")
+    assert slot
+    display = Recorder()
+    display.looked = lambda text: (display.waited_for.append(text), text and slot.release())
+    run_jobs([job(tmp_path, "a")], display)
+    assert display.final() == {"test/a": "done"}
+    name, what = ("GPU 7", "GPU") if gpus else ("core 5", "core")
+    assert display.waited_for[0] == f"a free {what}; {name} is taken by /runs/demo/pretrain/other run"
+    assert set(display.waited_for[1:]) == {None}
+
+
+def test_who_waits_for_another_launcher_says_so(tmp_path):
+    display, held = Recorder(), directory(tmp_path, "a").lock(wait=False)
+    held.__enter__()
+    display.looked = lambda text: (display.waited_for.append(text), text and held.__exit__(None, None, None))
+    run_jobs([job(tmp_path, "a")], display)
+    assert display.waited_for[0] == "another launcher, which runs test/a"
+
+
+@pytest.mark.parametrize("trouble", ["another's", "read-only", "ENOLCK", "no TMPDIR"])
+def test_where_locks_cannot_be_kept_the_variable_is_named(tmp_path, monkeypatch, trouble):
+    match trouble:
+        case "another's":
+            monkeypatch.setattr(os, "getuid", lambda: 12345)
+        case "read-only":
+            (tmp_path / "undo-slots").write_text("")  # root may write everywhere, but not make a folder of a file
+        case "ENOLCK":
+            monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
+        case _:
+            monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    folder = {"read-only": tmp_path / "undo-slots", "no TMPDIR": None}.get(trouble, tmp_path / "slots")
+    with pytest.raises(ConfigError, match="set TMPDIR") as error:
+        take_slot(DeviceShare(), [], folder)
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_a_card_that_is_named_but_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(devices, "DRIVERS", ())
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-dead-beef")
+    for check in (check_card, ranks.this_process):
+        with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=GPU-dead-beef"):
+            check()
+    for nothing in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
+        check_card()
+        assert ranks.this_process().device.type == "cpu"
 
 
 def test_a_cpu_worker_is_told_its_threads_and_sees_no_gpu(tmp_path):
@@ -130,7 +216,14 @@ def test_a_cpu_worker_is_told_its_threads_and_sees_no_gpu(tmp_path):
 
 @pytest.mark.parametrize(
     ("listed", "devices"),
-    [("0,1", ["0", "1"]), ("", []), ("-1", []), ("GPU-1a, MIG-2b", ["GPU-1a", "MIG-2b"]), ("3", ["3"])],
+    [
+        ("0,1", ["0", "1"]),
+        ("", []),
+        ("-1", []),
+        ("NoDevFiles", []),
+        ("GPU-1a, MIG-2b", ["GPU-1a", "MIG-2b"]),
+        ("3", ["3"]),
+    ],
 )
 def test_devices_come_from_the_environment_as_strings(listed, devices):
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": listed}) == devices
@@ -139,7 +232,7 @@ def test_devices_come_from_the_environment_as_strings(listed, devices):
 # --- the launcher's own end ----------------------------------------------------------------------------------------
 
 
-def start_launcher(runs: Path, *names: str) -> subprocess.Popen[str]:
+def start_launcher(runs: Path, *names: str, **options: int) -> subprocess.Popen[str]:
     """A launcher in a process of its own, one job for each name."""
     program = f"""
 import sys
@@ -152,7 +245,13 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 """
-    return subprocess.Popen([sys.executable, "-c", program], text=True, start_new_session=True)
+    return subprocess.Popen([sys.executable, "-c", program], text=True, start_new_session=True, **options)
+
+
+def started(runs: Path, name: str) -> list[int]:
+    """The processes of a job that sleeps, once all are there."""
+    file = runs / "fake/test" / name / "pids"
+    return wait_for(lambda: file.exists() and json.loads(file.read_text() or "null"))
 
 
 def alive(pids: list[int]) -> list[int]:
@@ -179,9 +278,7 @@ def wait_for(condition, seconds: float = 30):
 @pytest.mark.parametrize("end", ["kill -9", "SIGTERM", "SIGINT", "Ctrl-C"])
 def test_no_orphans_however_the_launcher_ends(tmp_path, end):
     launcher = start_launcher(tmp_path, "sleep")
-    pids_file = tmp_path / "fake/test/sleep/pids"
-    wait_for(pids_file.exists)
-    pids = wait_for(lambda: json.loads(pids_file.read_text() or "null"))
+    pids = started(tmp_path, "sleep")
     assert len(alive(pids)) == 3
     if end == "Ctrl-C":
         os.killpg(launcher.pid, signal.SIGINT)
@@ -192,10 +289,35 @@ def test_no_orphans_however_the_launcher_ends(tmp_path, end):
     wait_for(lambda: not alive(pids))
 
 
+def test_a_second_ctrl_c_ends_at_once_what_saves_a_checkpoint(tmp_path, monkeypatch):
+    """The first one gives a job time; when the launcher is gone, so is every process."""
+    monkeypatch.setenv("UNDO_GRACE_SECONDS", "600")
+    launcher = start_launcher(tmp_path, "stubborn", stdout=subprocess.PIPE)
+    pids = started(tmp_path, "stubborn")
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.stdout.readline() == "stopping 1\n"
+    assert len(alive(pids)) == 3
+    for _ in range(2):  # a third one changes nothing
+        launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=60) == 130
+    assert not alive(pids)
+
+
+def test_a_worker_dies_with_its_nanny(tmp_path):
+    """It would hold the run, but not its share of the devices."""
+    launcher = start_launcher(tmp_path, "sleep", stdout=subprocess.PIPE)
+    worker, *children = started(tmp_path, "sleep")
+    os.kill(int(Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[1]), signal.SIGKILL)
+    assert launcher.wait(timeout=60) == 0
+    assert not alive([worker])
+    assert "ended by SIGKILL" in (directory(tmp_path, "sleep").failure or "")
+    for child in children:  # torchrun's ranks end themselves; these do not
+        os.kill(child, signal.SIGKILL)
+
+
 def test_the_share_of_a_dead_launcher_is_free_once_its_processes_are_gone(tmp_path):
     launcher = start_launcher(tmp_path, "sleep")
-    pids_file = tmp_path / "fake/test/sleep/pids"
-    wait_for(pids_file.exists)
+    started(tmp_path, "sleep")
     launcher.kill()
     launcher.wait()
     assert run_jobs([job(tmp_path, "next")], Recorder()) == {}

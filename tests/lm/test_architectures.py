@@ -276,6 +276,23 @@ def test_a_method_on_blocks_reads_any_architecture():
     assert network.model.layers[2].mlp.down_proj.weight.grad is None
 
 
+@pytest.mark.parametrize("wider", ["student", "teacher"])
+def test_logits_beyond_a_shared_vocabulary_are_left_out(wider):
+    """Both sides are normalised over the common columns; the student's others get no gradient."""
+    padded = {"vocab_size": 470} if wider == "student" else {"vocab_size": 430}
+    values = {k: v for k, v in SIZES.items() if k != "vocab_size"} | padded
+    student = placing.place(lively(disk.fresh(PhiConfig(**values), 0)).double(), CPU)
+    teacher, tokens = placing.freeze(build("phi")), batch(length=40, vocab_size=430)
+    width = min(448, padded["vocab_size"])
+    p, q = (logits(m, tokens.at_labels(models.hidden_states(m, tokens)))[:, :width] for m in (student, teacher))
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    loss = forward_kl(student, teacher, tokens, width)
+    torch.testing.assert_close(loss, (q.exp() * (q - p)).sum() / tokens.total, rtol=1e-8, atol=1e-8)
+    (mine,) = torch.autograd.grad(loss, student.lm_head.bias)
+    assert (mine[width:] == 0).all()
+    assert (mine[:width] != 0).any()
+
+
 def test_a_teacher_of_another_vocabulary_is_refused():
     small = placing.place(disk.fresh(LlamaConfig(**SIZES | {"vocab_size": 300}), 0), CPU)
     with pytest.raises(ConfigError, match="vocabulary of 448, the student one of 300"):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from transformers import AutoTokenizer
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import validate
+from undo.data.ends import family_ends
 from undo.data.store import StoreWriter, TokenStore
-from undo.prepare_data import prepare as stage
+from undo.lm.tokens import token_ids
+from undo.prepare_data import documents as tokenising
+from undo.prepare_data import split
 from undo.prepare_data.prepare import Prepare, prepare
 from undo.prepare_data.text import Source
 from undo.runs.run import Run
@@ -136,12 +140,110 @@ def test_decoding_the_made_tokenizer_is_exact_and_digits_stand_alone(prepared):
 
 def test_frequent_numbers_can_be_one_token(corpus, tmp_path):
     text = "\n".join(f"{n} + 47 = 50" for n in range(300))
-    (tmp_path / "retain.jsonl").write_text((json.dumps({"text": text}) + "\n") * 20)
+    (tmp_path / "retain.jsonl").write_text("".join(json.dumps({"text": f"{i}\n{text}"}) + "\n" for i in range(20)))
     data = {role: {"path": str(file / f"{role}.jsonl")} for role, file in (("retain", tmp_path), ("forget", corpus))}
     tokenizer = {"name": "byte_pairs", "vocab_size": 300, "split_digits": False}
     run = make(tmp_path, corpus, data=data, tokenizer=tokenizer, validation_share=0.5)
     made = AutoTokenizer.from_pretrained(run.folder / "tokenizer")
     assert len(made(" 47", add_special_tokens=False)["input_ids"]) == 1
+
+
+def test_control_tokens_that_are_spelled_in_a_document_are_text(prepared):
+    tokenizer = AutoTokenizer.from_pretrained(prepared.folder / "tokenizer")
+    spelled = [f"before {token} after" for token in tokenizer.all_special_tokens]
+    assert len(spelled) == 4
+    for text, ids in zip(spelled, token_ids(spelled, tokenizer), strict=True):
+        assert not set(ids) & set(tokenizer.all_special_ids)
+        assert tokenizer.decode(ids) == text
+    assert tokenizer(spelled[0])["input_ids"] != token_ids(spelled, tokenizer)[0]  # the library's default is another
+
+
+def test_a_long_document_is_tokenised_in_pieces_and_stays_one(prepared, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(prepared.folder / "tokenizer")
+    texts = ["river stone light\npaper seven " * 40, "short", "x" * 300, ""]
+    ends = family_ends(tokenizer)
+    whole = [document.ids.tolist() for document in tokenising.documents(texts, tokenizer, ends, "x")]
+    asked = []
+    monkeypatch.setattr(tokenising, "PIECE", 100)
+    monkeypatch.setattr(tokenising, "CHARACTERS_AT_ONCE", 500)
+    monkeypatch.setattr(tokenising, "token_ids", lambda some, own: asked.append(some) or token_ids(some, own))
+    cut = [document.ids.tolist() for document in tokenising.documents(texts, tokenizer, ends, "x")]
+    assert cut[:2] + cut[3:] == whole[:2] + whole[3:]
+    assert tokenizer.decode(cut[2][1:-1]) == texts[2]  # without a blank the seam is anywhere
+    assert max(len(piece) for some in asked for piece in some) <= 100
+    assert max(sum(map(len, some)) for some in asked) < 600
+
+
+def write(file, texts) -> str:
+    file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    return str(file)
+
+
+def test_copies_of_a_document_are_on_one_side(corpus, prepared, tmp_path, capsys):
+    """Each document of one role twice; the other role stays as it is, byte by byte."""
+    every = list(Source(path=str(corpus / "retain.jsonl")).texts())
+    twice = write(tmp_path / "twice.jsonl", [*every, *(f" {text}\n" for text in every)])  # blanks around do not count
+    data = {"retain": {"path": twice}, "forget": {"path": str(corpus / "forget.jsonl")}}
+    run = make(tmp_path, corpus, data=data, tokenizer=str(prepared.folder / "tokenizer"))
+    assert numbers(run, "validation", "retain") == numbers(prepared, "validation", "retain")
+    assert not numbers(run, "validation", "retain") & numbers(run, "train", "retain")
+    assert stored(run, "forget") == stored(prepared, "forget")
+    held_out = len(numbers(run, "validation", "retain"))
+    facts = run.facts["documents"]["retain"]
+    assert facts == {"read": 240, "short": 24, "left_out": held_out, "apart": 0, "copies": 108 - held_out}
+    assert f"{108 - held_out} of {2 * (108 - held_out)} documents are copies of others" in capsys.readouterr().out
+    assert run.facts["documents"]["forget"] == {"read": 120, "short": 12, "left_out": 0, "apart": 0, "copies": 0}
+
+
+def test_documents_of_two_roles_are_counted_and_equal_roles_refused(corpus, prepared, tmp_path, capsys):
+    every = list(Source(path=str(corpus / "retain.jsonl")).texts())
+    tokenizer = str(prepared.folder / "tokenizer")
+    both = write(tmp_path / "both.jsonl", [*Source(path=str(corpus / "forget.jsonl")).texts(), *every[:31]])
+    data = {"retain": {"path": str(corpus / "retain.jsonl")}, "forget": {"path": both}}
+    run = make(tmp_path / "some", corpus, data=data, tokenizer=tokenizer)
+    assert run.facts["shared"] == {"retain, forget": 27}  # of 31, without the short ones
+    assert "27 documents are in retain (108) and in forget (135)" in capsys.readouterr().out
+    assert not (run.folder / "fingerprints").exists()
+    copied, reordered = write(tmp_path / "copied.jsonl", every), write(tmp_path / "reordered.jsonl", every[::-1])
+    (tmp_path / "copied.jsonl").write_bytes((corpus / "retain.jsonl").read_bytes())
+    for number, other in enumerate((str(corpus / "retain.jsonl"), copied, reordered)):
+        data["forget"] = {"path": other}
+        said = "hold the same 108 documents" if other == reordered else "are the same text"
+        with pytest.raises(ConfigError, match=f"data.retain and data.forget {said}"):
+            make(tmp_path / str(number), corpus, data=data, tokenizer=tokenizer)
+        assert (tmp_path / f"{number}/tiny/prepare/data/tokenizer").exists() == (other == reordered)
+
+
+def test_letters_taken_apart_are_said_with_their_share(corpus, prepared, tmp_path, capsys):
+    texts = [unicodedata.normalize("NFD", text) for text in Source(path=str(corpus / "forget.jsonl")).texts()]
+    data = {"retain": {"path": str(corpus / "retain.jsonl")}, "forget": {"path": write(tmp_path / "a.jsonl", texts)}}
+    tokenizer = str(prepared.folder / "tokenizer")
+    apart = make(tmp_path / "apart", corpus, data=data, tokenizer=tokenizer)
+    assert "train/forget: 100% of the documents have letters taken apart" in capsys.readouterr().out
+    assert apart.facts["documents"]["forget"]["apart"] == DOCUMENTS
+    data["forget"]["normalise"] = "NFC"
+    together = make(tmp_path / "together", corpus, data=data, tokenizer=tokenizer)
+    assert "taken apart" not in capsys.readouterr().out
+    assert stored(together, "forget") == stored(prepared, "forget")
+    assert apart.facts["tokens"]["train/forget"] > 1.5 * together.facts["tokens"]["train/forget"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"column": "body"}, "data.forget: .* line 1: has no column 'body'; it has text"),
+        ({"path": "there.csv"}, "data.forget: there.csv: is empty"),
+        ({"path": "gone.jsonl"}, "data.forget: gone.jsonl: there is no such file\n.*prepare.data.forget.path="),
+        ({"documents": 3}, "data.forget: no document of 50 tokens or more of 2 at most is left for validation"),
+    ],
+)
+def test_the_last_role_is_refused_before_the_first_is_read(change, said, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.csv").write_text("")
+    monkeypatch.setattr("undo.prepare_data.prepare.make_tokenizer", lambda *_: pytest.fail("it has begun"))
+    forget = {"path": str(corpus / "forget.jsonl"), **change}
+    with pytest.raises(ConfigError, match=said):
+        make(tmp_path, corpus, data={"retain": {"path": str(corpus / "retain.jsonl")}, "forget": forget})
 
 
 def test_the_split_depends_on_the_seed_alone(corpus, prepared, tmp_path):
@@ -176,15 +278,15 @@ def test_an_existing_tokenizer_and_english_beside_the_arithmetic_world(corpus, p
     assert any("=" in text for text in texts(run, "train", "forget"))
 
 
-def stored(run) -> dict[str, bytes]:
-    return {str(file.relative_to(run.folder)): file.read_bytes() for file in sorted(run.folder.glob("*/*/*"))}
+def stored(run, role="*") -> dict[str, bytes]:
+    return {str(file.relative_to(run.folder)): file.read_bytes() for file in sorted(run.folder.glob(f"*/{role}/*"))}
 
 
 @pytest.mark.parametrize("moment", ["reading", "budget reached", "between the stores"])
 def test_killed_while_it_reads(corpus, tmp_path, monkeypatch, moment):
     """SIGKILL; then only what was not yet written is tokenised, and the stores are those of an undisturbed run."""
     monkeypatch.setattr("undo.data.store.WINDOW", 20)
-    monkeypatch.setattr(stage, "TEXTS_AT_ONCE", 5)
+    monkeypatch.setattr(tokenising, "TEXTS_AT_ONCE", 5)
     budget = {"tokens": 6000} if moment == "budget reached" else {}
     data = {role: {"path": str(corpus / f"{role}.jsonl"), **budget} for role in WORDS}
     undisturbed = stored(make(tmp_path / "undisturbed", corpus, data=data))
@@ -215,14 +317,14 @@ def test_killed_while_it_reads(corpus, tmp_path, monkeypatch, moment):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not list((tmp_path / "killed").rglob("train/*/store.json"))
     tokenised = []
-    tokenise = stage.documents
+    tokenise = split.documents
 
     def counting(texts, *rest):
         some = list(texts)
         tokenised.append(len(some))
         return tokenise(iter(some), *rest)
 
-    monkeypatch.setattr(stage, "documents", counting)
+    monkeypatch.setattr(split, "documents", counting)
     assert stored(make(tmp_path / "killed", corpus, data=data)) == undisturbed
     if moment == "reading":  # three windows of 20 long documents, and a few short and held-out ones, had been written
         assert tokenised[0] < DOCUMENTS - 40
@@ -237,7 +339,7 @@ def test_text_that_changed_between_two_attempts_is_refused(corpus, tmp_path, mon
     file.write_text("".join([*lines[:80], "{broken\n", *lines[80:]]))
     data = {"retain": {"path": str(file)}, "forget": {"path": str(corpus / "forget.jsonl")}}
     tokenizer = str(make(tmp_path / "first", corpus).folder / "tokenizer")
-    monkeypatch.setattr(stage, "TEXTS_AT_ONCE", 5)
+    monkeypatch.setattr(tokenising, "TEXTS_AT_ONCE", 5)
     with pytest.raises(ConfigError, match=r"retain\.jsonl line 81: is not JSON"):
         make(tmp_path / "runs", corpus, data=data, tokenizer=tokenizer)
     file.write_text("".join(lines[10:]))
@@ -256,8 +358,12 @@ def test_text_that_changed_between_two_attempts_is_refused(corpus, tmp_path, mon
         ({"tokenizer": {"name": "words", "vocab_size": 300}}, "knows a world's own words only"),
         ({"tokenizer": "/nowhere/tokenizer"}, "neither a folder with a tokenizer nor a hub id"),
         ({"tokenizer": {"name": "byte_pairs", "vocab_size": 90_000}}, "tokens only; set tokenizer.vocab_size"),
-        ({"validation_share": 0.0}, "is left for validation"),
+        ({"tokenizer": "./nowhere"}, "hub id: there is no such folder"),
+        ({"tokenizer": "."}, "hub id: it holds no tokenizer.json"),
+        ({"validation_share": 0.0}, "validation_share: input should be greater than 0"),
+        ({"validation_share": 1e-9}, "of 108 at most is left for validation"),
         ({"shortest": 5000}, "is left for training"),
+        ({"length": 1}, "length: input should be greater than or equal to 2"),
     ],
 )
 def test_refusals(changes, said, corpus, tmp_path, monkeypatch):
@@ -271,7 +377,7 @@ def test_refusals(changes, said, corpus, tmp_path, monkeypatch):
 
 def test_no_room_on_the_disk_is_said_before_anything_is_read(corpus, tmp_path, capsys):
     assert Source(path=str(corpus / "retain.jsonl"), tokens=10**15).bytes_of_tokens(2) < 10**6  # a small file
-    data = {role: {"hub": "someone/text", "tokens": 10**15} for role in WORDS}
+    data = {role: {"hub": f"someone/{role}", "tokens": 10**15} for role in WORDS}
     with pytest.raises(ConfigError, match="GB are free"):
         make(tmp_path, corpus, data=data)
     assert "needs at most about" in capsys.readouterr().out

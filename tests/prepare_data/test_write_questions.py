@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import gzip
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from tests.conftest import ROOT
 from undo.config.mistakes import ConfigError
 from undo.prepare_data.corpora import origin
 from undo.prepare_data.text import Source
-from undo.prepare_data.write_questions import extraction, passages
+from undo.prepare_data.write_questions import extraction, passages, writers
 from undo.prepare_data.write_questions.definitions import definitions
 from undo.prepare_data.write_questions.ledger import Ledger, Settings
 from undo.prepare_data.write_questions.questions import PROMPT, Filter, Question, parse, prompt
@@ -121,15 +122,25 @@ class Server:
                 content = content.replace("turns first", f"turns {request.headers['Authorization']}")
             case "429":
                 status, headers = 429, {"Retry-After": "0.01"}
+            case "429 for years":
+                status, headers = 429, {"Retry-After": "1e9"}
+            case "escapes":
+                content = content.replace("turns first", r"turns \u001b[31mfirst\u0007")
             case _ if action.isdigit():
                 status = int(action)
         reply = {"choices": [{"message": {"content": content}, "finish_reason": finish}]}
         reply["usage"] = {"prompt_tokens": 100, "completion_tokens": 10}
         if action == "no choices":
             reply["choices"] = []
+        if action in ("negative", "absurd"):
+            reply["usage"]["prompt_tokens"] = -100 if action == "negative" else 1 << 60
         if status != 200:
             reply = {"error": {"message": f"no, {request.headers['Authorization']} will not do"}}
-        data = b"<html>gateway</html>" if action == "garbage" else json.dumps(reply).encode()
+        data = b"<html>\x1b]0;gate\x07way</html>" if action == "garbage" else json.dumps(reply).encode()
+        if action == "bomb":
+            data, headers = gzip.compress(b" " * (64 << 20), 9), {"Content-Encoding": "gzip"}
+        if action == "unknown packing":
+            headers = {"Content-Encoding": "zstd"}
         request.send_response(status)
         for name, value in headers.items():
             request.send_header(name, value)
@@ -264,6 +275,10 @@ def test_a_corpus_that_is_too_small_gives_what_it_has(corpus, server, capsys):
         ("close", "connection broken off", []),
         ("halfway", "connection broken off", []),
         ("garbage", "broken JSON from the server", []),
+        ("bomb", "too much from the server", []),
+        ("unknown packing", "not asked for", []),
+        ("negative", "wrong counts of tokens from the server", []),
+        ("absurd", "wrong counts of tokens from the server", []),
         ("no choices", "no choices from the server", []),
         ("empty", "an empty reply", []),
         ("prose", "no JSON in the reply", []),
@@ -286,8 +301,22 @@ def test_what_goes_wrong_once_is_named_and_asked_again(corpus, server, capsys, a
     paid = 2 if action in ("no choices", "empty", "prose", "broken content", "wrong schema", "length") else 0
     assert done.side["usage"]["completion_tokens"] == 10 * (10 + paid)
     said = capsys.readouterr().out
+    assert not set(said) & {"\x1b", "\x07"}
     assert f"s: {trouble}" in said
     assert f"requests without use 2: 2 {trouble}" in said
+
+
+def test_a_server_that_sends_us_away_for_years_is_asked_again_in_minutes(corpus, server, capsys, monkeypatch):
+    monkeypatch.setattr(writers, "LONGEST_PAUSE", 0.02)
+    server.behave = lambda number, _: "429 for years" if number == 0 else "good"
+    assert run(corpus, server.url, "--concurrency", "1") == 0
+    assert "to be asked again in 1000000000 s; we wait 0)" in capsys.readouterr().out
+
+
+def test_escape_sequences_of_a_model_do_not_reach_the_corpus(corpus, server):
+    server.behave = lambda *_: "escapes"
+    assert run(corpus, server.url) == 0
+    assert all("turns [31mfirst" in row["text"] for row in outcome(corpus).rows)
 
 
 def test_code_fences_are_tolerated(corpus, server):

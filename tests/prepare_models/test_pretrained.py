@@ -58,7 +58,7 @@ def test_a_causal_model_may_have_another_name(tmp_path, data):
         ),
         ({"config.json": "{}"}, "not a causal language model"),
         ({"config.json": '{"architectures": ["Gemma3ForConditionalGeneration"]}'}, "has no vocab_size"),
-        ({"config.json": '{"architectures": ["LlamaForCausalLM"], "vocab_size": 8}'}, "holds no .safetensors"),
+        ({"config.json": '{"architectures": ["LlamaForCausalLM"], "vocab_size": 8}'}, "holds no model.safetensors"),
     ],
 )
 def test_what_is_no_model_is_refused(tmp_path, files, words):

@@ -76,6 +76,13 @@ def test_alpha_against_beta(world, by_beta, verdict):
     assert verdicts(world)[sentence("Alpha changes")] == verdict
 
 
+def test_two_points_are_no_front(world):
+    world.model("unlearn/m", "unlearned", 0.9, retain=0.95, method={"name": "maxent"}, reference="x")
+    world.model("undo/a", "undo_0.6", 0.3, teacher="unlearn/m", noise={"alpha": 0.6, "beta": 0.1})
+    (row,) = [row for row in as_rows(check(world.results())) if row[1] == sentence("After a moderate")]
+    assert row[2:] == ("too few points: unlearned, undo_0.6", "-", "undecided")
+
+
 @pytest.mark.parametrize(("retain", "verdict"), [(0.9, "holds"), (0.6, "fails")])
 def test_pareto_front(world, retain, verdict):
     """Dominated once its retain performance is below that of a method that is relearned as little."""
@@ -83,6 +90,7 @@ def test_pareto_front(world, retain, verdict):
     world.model("unlearn/r", "unlearned_rmu", 0.3, retain=0.7, method={"name": "rmu"}, reference="x")
     noise = {"alpha": 0.6, "beta": 0.1}
     world.model("undo/a", "undo_0.6", 0.3, retain=retain, teacher="unlearn/m", noise=noise)
+    world.model("unlearn/n", "npo", 1.0, retain=0.3, method={"name": "npo"}, reference="x")
     assert verdicts(world)[sentence("After a moderate")] == verdict
     assert verdicts(world)[sentence("After the whole")] == verdict
 

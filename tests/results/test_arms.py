@@ -17,7 +17,9 @@ from undo.report.claims import check
 from undo.report.figures import FIGURES, figures_of
 from undo.report.figures.missing import Missing
 from undo.report.report import report
+from undo.report.tables import beaten
 from undo.results.arms import Distilled, Matched, Oracle, Reference, Undo, Unlearned, arm_of, method_of
+from undo.results.curves import COLUMNS, curves
 from undo.settings.publish import read
 from undo.settings.whole import planned
 from undo.train.stage import TrainingStage
@@ -59,7 +61,7 @@ def demo(runs: Path) -> Path:
     """Every run that configs/demo asks for, with --with robust and over two seeds, done with invented performances."""
     arguments = ["demo", "--with", "robust", "sweep.seed=[0,1]", "--runs", str(runs)]
     rng = random.Random(0)
-    for run in planned(cli.parser("").parse_intermixed_args(arguments))[0]:
+    for run in planned(cli.parser("", "").parse_intermixed_args(arguments))[0]:
         folder, config = run.directory.folder, run.config
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(dump_yaml(as_raw(config)))
@@ -168,23 +170,43 @@ def test_an_adversary_with_a_name_changes_nothing_but_its_name(world):
     curve = {0: 0.0, 500: 0.95}
     world.run("relearn/l", "unlearned", curve=curve, model="unlearn/m", adversary="lora", training={"learning_rate": 1})
     assert figures_of(world.results()) == before
-    assert "On WMDP, UNDO makes MaxEnt and RMU relearn less. | - | - | not run" in report(
+    assert "On a pretrained model, UNDO makes what it starts from relearn less. | - | - | not run" in report(
         world.results(), check(world.results()), [], []
     )
 
 
 def test_an_attack_on_a_fetched_model_alone_is_a_table(tmp_path):
-    """Stages base, prepare and relearn: what nobody measured is left out."""
+    """Stages base, prepare and relearn: the attack's own first evaluation is the model's."""
     made = World(tmp_path)
     made.run("base/model", "theirs", also={"evaluation": {}, "vocab_size": 448})
     curve = {0: 0.3, 40: 0.5, 500: 0.6}
     made.run("relearn/a", "theirs", curve=curve, model="base/model", training={"learning_rate": 1e-3})
     results = made.results()
     (row,) = results.table()
-    assert (row["retain"], row["forget_last"], row["robustness"]) == (None, 0.6, None)
+    assert (row["retain"], row["forget_last"], row["robustness"]) == (0.9, 0.6, None)  # as the attack found it
     assert "theirs" in report(results, check(results), [], [])
     for name in FIGURES:
         FIGURES[name](results)
+
+
+def test_models_of_one_label_are_rows_of_their_own(world):
+    """An own method's UNDO is made by the setting's YAML, whose variants call it as they call MaxEnt's."""
+    world.run("unlearn/own", "own", method={"name": "own"}, reference="x")
+    for teacher in ("m", "own"):
+        world.run(f"undo/{teacher}", "undo_0.6", teacher=f"unlearn/{teacher}", noise=NOISE)
+        world.run(f"relearn/{teacher}", "undo_0.6", curve={0: 0.0, 500: 0.5}, model=f"undo/{teacher}")
+    assert {"undo_0.6 (maxent)", "undo_0.6 (own)"} < world.results().compared.keys()
+
+
+def test_undo_of_a_method_stands_beside_the_others_at_any_alpha(world):
+    """The point of figures.yaml chooses among the models of a method; it leaves no method out."""
+    world.run("unlearn/own", "own", method={"name": "own"}, reference="x")
+    world.model("undo/m", "undo_0.6", 0.4, teacher="unlearn/m", noise=NOISE)
+    for name, teacher, alpha in (("a", "m", 0.8), ("b", "own", 0.5)):
+        world.model(f"undo/{name}", name, 0.3, teacher=f"unlearn/{teacher}", noise={"alpha": alpha, "beta": 0.1})
+    results = world.results(figure_7={"alpha": 0.6, "beta": 0.1})
+    assert results.compared.keys() == {"unlearned", "undo_0.6", "b"}
+    assert "| b | " in beaten(results)
 
 
 # --- the worst case --------------------------------------------------------------------------------------------------
@@ -228,3 +250,20 @@ def test_figures_yaml_is_checked(tmp_path):
         (tmp_path / "figures.yaml").write_text(text)
         with pytest.raises(ConfigError, match=re.escape(words)):
             shown_in(tmp_path)
+
+
+def test_every_evaluation_is_a_row_of_one_tidy_table(world):
+    world.model("undo/u", "u", 0.6, teacher="unlearn/m", noise=NOISE, retain=0.8)
+    world.run("relearn/d", "u", curve={0: 0.0}, model="undo/u", adversary="lora", also={"tokens": None})
+    rows = list(curves(world.results()))
+    assert all(tuple(row) == COLUMNS for row in rows)
+    last = {"stage": "relearn", "run": "relearn/u-0", "arm": "undo", "method": "maxent", "alpha": 0.6, "beta": 0.1}
+    last |= {"within": 0.05, "variant": "u", "seed": 0, "adversary": None, "learning_rate": 1e-3}
+    (row,) = [row for row in rows if (row["run"], row["step"]) == ("relearn/u-0", 40)]
+    assert row == last | {"step": 40, "tokens": 400, "retain": 0.9, "forget": pytest.approx(0.4)}
+    assert [(row["adversary"], row["tokens"]) for row in rows if row["run"] == "relearn/d"] == [("lora", None)]
+    assert {(row["stage"], row["arm"]) for row in rows if row["stage"] != "relearn"} == {
+        ("pretrain", "oracle"),
+        ("unlearn", "unlearned"),
+        ("undo", "undo"),
+    }

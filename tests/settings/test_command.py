@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, run_script
+from undo.prepare_data.write_questions.options import parser
+from undo.settings.command import BESIDE, usage
 from undo.settings.stages import STAGES
 
 
@@ -75,3 +77,11 @@ def test_its_help_lists_every_stage_and_a_wrong_name_is_refused(tmp_path):
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_has_a_script(name):
     assert f'call("{name}")' in (ROOT / f"run_{name}.py").read_text()
+
+
+def test_help_names_every_command_line():
+    source = ROOT / "src"
+    mains = {".".join(path.parent.relative_to(source).parts) for path in source.rglob("__main__.py")}
+    assert mains == {"undo", *BESIDE}
+    assert all(f"python -m {module}" in usage() for module in BESIDE)
+    assert parser().format_usage().startswith("usage: python -m undo.prepare_data.write_questions ")

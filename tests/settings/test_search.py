@@ -19,7 +19,7 @@ from undo.experiments.points import FILE
 from undo.experiments.remedy import command_for, command_of, remedy
 from undo.launch.jobs import Job
 from undo.results.arms import Undo
-from undo.runs.directory import RunDirectory
+from undo.runs.directory import RunDirectory, identity_of
 from undo.settings import publish as run_figures
 from undo.settings import wmdp as run_wmdp
 from undo.settings.stages import STAGES
@@ -49,8 +49,9 @@ class Machine:
     def _make(self, run: RunDirectory, parents: frozenset[str]) -> None:
         self.made.append(run.name)
         alpha = run.config.get("method", {}).get("alpha", 0.5)
-        facts = {"identity": f"{len(self.made)}", "evaluation": {"retain": 5.0 - alpha, "forget": 8.0 - alpha}}
-        facts["parents"] = {name: run.sibling(name).identity() for name in parents}
+        lineage = {name: run.sibling(name).identity() for name in parents}
+        facts = {"identity": identity_of(run.config, lineage), "parents": lineage}
+        facts["evaluation"] = {"retain": 5.0 - alpha, "forget": 8.0 - alpha}
         (run.folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "retain": 4.5, "forget": 5.0}) + "\n")
         (run.folder / "run.json").write_text(json.dumps(facts))
 

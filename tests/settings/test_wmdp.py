@@ -215,7 +215,7 @@ def test_no_choice_without_a_frontier(made, words):
 
 
 def test_one_base_model_serves_all_seeds(tmp_path):
-    args = cli.parser("").parse_intermixed_args(["wmdp_small", "sweep.seed=[0,1]", "--runs", str(tmp_path)])
+    args = cli.parser("", "").parse_intermixed_args(["wmdp_small", "sweep.seed=[0,1]", "--runs", str(tmp_path)])
     folder = ROOT / "configs/wmdp_small"
     runs, _ = run_all.planned_in(folder, args, ("pretrain", "undo"), run_wmdp.BASE)
     names = [run.name for run in runs]
@@ -287,8 +287,8 @@ def test_figures_tables_and_claims_of_wmdp(attacked):
     assert "rmu_best 0.590, undo_rmu 0.390" in text
     assert "| D.2.7, Tab. 13 |" in text
     verdicts = {checked.claim.sentence: checked.verdict for checked in check(results)}
-    assert verdicts["On WMDP, UNDO makes MaxEnt and RMU relearn less."] == "holds"
-    assert verdicts["There, what is retained falls with alpha."] == "holds"
+    assert verdicts["On a pretrained model, UNDO makes what it starts from relearn less."] == "holds"
+    assert verdicts["On a pretrained model, what is retained falls with alpha."] == "holds"
     assert verdicts["Robustness rises with alpha."] == "not run"
 
 
@@ -323,6 +323,26 @@ def test_other_settings_have_no_figure_of_wmdp(tmp_path):
     made = World(tmp_path)
     made.model("unlearn/m", "unlearned", 0.9, method={"name": "maxent"})
     assert not {"fig8", "fig11"} & set(figures_of(made.results()))
+
+
+@pytest.mark.parametrize(("factor", "said"), [(float("nan"), "holds NaN or infinity"), (1e30, "before any update")])
+def test_a_broken_model_is_no_outcome_of_an_attack(data, factor, said):
+    """Before, such an attack was done, with the forget performance of a perfect method."""
+    broken = lively(SHAPE.build(0))
+    with torch.no_grad():
+        broken.model.layers[0].mlp.down_proj.weight.mul_(factor)
+        broken.model.layers[0].mlp.up_proj.weight.mul_(1e30)
+    start = Run(data.runs, "tiny", f"unlearn/broken-{factor}")
+    start.folder.mkdir(parents=True)
+    save(broken, data.folder / "tokenizer", start.model)
+    raw = {"name": f"broken-{factor}", "data": "prepare/data", "model": start.name, "mixture": {"forget": 1.0}}
+    raw |= {"training": as_raw(training(steps=1)), "evaluation": {"name": "cross_entropy"}}
+    config, run = validate(Relearn, raw, "here"), Run(data.runs, "tiny", f"relearn/broken-{factor}")
+    run.claim(config)
+    run.open(config)
+    with pytest.raises(ConfigError, match=said):
+        relearn(config, run)
+    assert not run.done
 
 
 def test_shrink_perturb_moves_the_model_that_an_attack_starts_from(data):

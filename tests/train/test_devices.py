@@ -32,7 +32,7 @@ FINE = [  # an update that does not magnify rounding: Adam's first steps are sig
     "training.learning_rate=1e-4",
     "execution.checkpoint_every=3",
 ]
-two_cores = pytest.mark.skipif(cores() < 2, reason="a run on two devices takes two cores")
+two_cores = pytest.mark.skipif(len(cores()) < 2, reason="a run on two devices takes two cores")
 
 
 def command(runs: Path, *overrides: str) -> list[str]:
@@ -120,7 +120,7 @@ def test_two_devices_say_what_one_says_and_end_as_one(one, tmp_path, data, way):
     assert not (runs / "demo" / NAME / "run.json").exists()
     if number == signal.SIGTERM:
         log = (runs / "demo" / NAME / "log.txt").read_text()
-        assert "interrupted; the same command goes on from here" in log
+        assert "interrupted; the next start goes on from here" in log
     finished = run_script(*on_two(runs, way))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert files(runs) == files(undisturbed)
@@ -219,7 +219,7 @@ sys.exit("not interrupted")
 def test_more_devices_than_there_are_is_refused_before_anything_starts(tmp_path, data):
     runs = with_data(tmp_path, data)
     for visible, message in (("0,GPU-1a", "execution.devices=3, but 2 GPUs are visible: 0, GPU-1a"), ("", "cores")):
-        devices = 3 if visible else cores() + 1
+        devices = 3 if visible else len(cores()) + 1
         refused = run_script(*command(runs, f"execution.devices={devices}"), CUDA_VISIBLE_DEVICES=visible)
         assert refused.returncode == 2
         assert message in refused.stderr

@@ -39,9 +39,9 @@ def make(folder: Path, cfg=None, **run_execution) -> tuple[Run, Pretrain]:
     return run, config
 
 
-def stream(data, rows=4, steps=6, seed=0) -> MixedStream:
+def stream(data, rows=4, seed=0) -> MixedStream:
     stores = {role: TokenStore(data.folder / "train" / role) for role in ("retain", "forget")}
-    return MixedStream(stores, {"retain": 0.5, "forget": 0.5}, rows, steps, seed)
+    return MixedStream(stores, {"retain": 0.5, "forget": 0.5}, rows, seed)
 
 
 def go(
@@ -59,9 +59,8 @@ def go(
     run, config = make(folder, cfg, **more)
     model = model or lively(SHAPE.build(0))
     terms = objective(model) if objective else lambda batch: {"ce": cross_entropy(model, batch["train"])}
-    steps = config.training.steps
     outcome = train(
-        model, terms, {"train": stream(data, rows, steps)}, config.training, config.execution, run, evaluate, **options
+        model, terms, {"train": stream(data, rows)}, config.training, config.execution, run, evaluate, **options
     )
     return model, outcome
 

@@ -4,7 +4,9 @@ One run is one adversary. `results/results.py` takes the worst case over the adv
 """
 
 from collections.abc import Mapping
+from typing import Final
 
+from undo.config.mistakes import ConfigError
 from undo.config.schema import Mixture, RunName
 from undo.corrupt import Noise
 from undo.runs.directory import Diverged
@@ -12,6 +14,8 @@ from undo.runs.run import Run
 from undo.train.fit import fit
 from undo.train.parents import fresh_like, generator, keep, load_parent, require_memory
 from undo.train.stage import Stage, TrainingStage
+
+BROKEN: Final = "{}: its loss or gradient is not finite before any update, so the model is broken, not the attack"
 
 
 class Relearn(TrainingStage):
@@ -22,6 +26,10 @@ class Relearn(TrainingStage):
     mixture: Mixture
     noise: Noise | None = None  # applied before the first step
     save_model: bool = False
+
+    @property
+    def leaves_model(self) -> bool:
+        return self.save_model
 
     def streams(self) -> Mapping[str, Mixture]:
         return {"train": self.mixture}
@@ -38,10 +46,12 @@ def relearn(cfg: Relearn, run: Run) -> None:
     try:
         facts = fit(cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])}, starts_as=starts_as)
     except Diverged as diverged:  # an attack that breaks the model has not elicited anything: a result
+        if diverged.step == 0 and cfg.noise is None:
+            raise ConfigError(BROKEN.format(cfg.model)) from None
         run.finish(outcome="diverged", steps=diverged.step)
         return
     if cfg.save_model:
-        keep(model, cfg, run)
+        keep(model, cfg, run, cfg.model)
     run.finish(outcome="finished", **facts)
 
 

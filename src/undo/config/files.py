@@ -6,18 +6,27 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that readers see either the old or the new one, even after a power cut."""
+    """Replace a file so that readers see either the old or the new one, even after a power cut.
+
+    A symbolic link that stands in its place is replaced, not followed.
+    """
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
+    partial.unlink(missing_ok=True)
+    with open(partial, "x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
     sync(path.parent)
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """A file to lock, made if it is not there; OSError for a symbolic link."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666), "r+b")
 
 
 def sync(path: Path) -> None:

@@ -1,9 +1,6 @@
 """What is wrong with a config, in words that name the key and the fix."""
 
 import difflib
-import os
-import sys
-from collections.abc import Callable
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -107,17 +104,3 @@ def _keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
 
 class ConfigError(Exception):
     """A user's mistake: what is wrong and how to fix it, in at most three lines and without a traceback."""
-
-
-def guarded(action: Callable[[], int]) -> int:
-    """Run a command; for a user's mistake print the message alone and return exit status 2."""
-    try:
-        return action()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1

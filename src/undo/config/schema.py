@@ -54,7 +54,7 @@ class Training(Frozen):
     betas: tuple[Share, Share] = (0.9, 0.999)
     clip_norm: Positive | None = 1.0
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # 8bit: its state takes a quarter of the memory, and rounds
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; the weights stay fp32
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast over fp32 weights, where the machine has it
     evaluate_every: Count
     evaluate_at: tuple[int, ...] = ()  # further steps
     evaluate_fully_at: tuple[int, ...] = ()  # on the whole set, not on evaluation.subset; so are the first and the last

@@ -7,6 +7,7 @@ is cut into pieces; pieces are packed best-fit, so nothing is thrown away and sh
 pairs tokens have 4 bytes, and the highest bit marks those that the other document of the pair does not have there.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from undo.lm.tokens import MARK, Tokens, collate
 
 WINDOW: Final = 1 << 16  # documents that are packed together, at most
 WINDOW_TOKENS: Final = 1 << 24  # or as many documents as hold so many tokens
+SMALL: Final = 1 << 26  # bytes: of files up to this size the digest is compared when a store is opened
 FILES: Final = ("tokens.bin", "pieces.bin", "rows.bin")
 
 
@@ -63,12 +65,17 @@ class StoreWriter:
         self._partial = partial_of(folder)
         self._partial.mkdir(parents=True, exist_ok=True)
         self._progress = self._partial / "progress.json"
-        found = json.loads(self._progress.read_text()) if self._progress.exists() else None
-        self.state: dict[str, Any] | None = found and found["state"]
-        self.tokens, self._pieces, self._rows = found["written"] if found else (0, 0, 0)
+        try:
+            found = json.loads(self._progress.read_text()) if self._progress.exists() else None
+            self.state: dict[str, Any] | None = found and found["state"]
+            self.tokens, self._pieces, self._rows, self._largest = found["written"] if found else (0, 0, 0, 0)
+        except (ValueError, TypeError, LookupError):
+            raise damage(self._progress, "is damaged") from None
         kept = (self.tokens * self.width, 8 * (self._pieces + 1), 8 * (self._rows + 1)) if found else (0, 0, 0)
         for name, size in zip(FILES, kept, strict=True):
             with open(self._partial / name, "ab") as file:
+                if file.tell() < size:
+                    raise damage(self._partial / name, f"has {file.tell():,} bytes, not {size:,}")
                 file.truncate(size)
         if not found:
             for name in FILES[1:]:
@@ -91,11 +98,18 @@ class StoreWriter:
             self.tokens += len(tokens)
             self._pieces += len(order)
             self._rows += len(bins)
-        written = [self.tokens, self._pieces, self._rows]
+            self._largest = max(self._largest, int(largest))
+        written = [self.tokens, self._pieces, self._rows, self._largest]
         write_atomically(self._progress, json.dumps({"written": written, "state": state}))
 
-    def finish(self) -> "TokenStore":
+    def finish(self, **more: Any) -> "TokenStore":
+        """`more`: plain values that are to stand in store.json, too."""
         facts = {"length": self.length, "vocab_size": self.vocab_size, "width": self.width, "paired": self.paired}
+        facts |= {
+            "files": {name: _file_facts(self._partial / name) for name in FILES},
+            "largest": self._largest,
+            **more,
+        }
         write_atomically(self._partial / "store.json", json.dumps(facts))
         self._partial.rename(self.folder)
         (self.folder / self._progress.name).unlink(missing_ok=True)
@@ -106,6 +120,15 @@ class StoreWriter:
             file.write((numbers if numbers.dtype == np.uint8 else numbers.astype("<i8")).tobytes())
             file.flush()
             os.fsync(file.fileno())
+
+
+def _file_facts(file: Path) -> dict[str, Any]:
+    """The size of a file, and a digest unless reading it would take long."""
+    size = file.stat().st_size
+    if size > SMALL:
+        return {"bytes": size}
+    with open(file, "rb") as opened:
+        return {"bytes": size, "blake2b": hashlib.file_digest(opened, "blake2b").hexdigest()[:32]}
 
 
 def token_bytes(vocab_size: int, paired: bool = False) -> int:
@@ -145,16 +168,38 @@ def batched(items: Iterable[Sized], count: int, size: int) -> Iterator[list[Size
         yield batch
 
 
+def damage(file: Path, what: str) -> ConfigError:
+    """What is wrong with a file of a prepare run, and the way out."""
+    return ConfigError(f"{file}: {what}\nmake the data again: the command of the stage prepare with --force")
+
+
 class TokenStore:
-    """A packed corpus on disk; `store[i]` is row i as its pieces. Opening reads no tokens."""
+    """A packed corpus on disk; `store[i]` is row i as its pieces. Opening reads no more than SMALL bytes of a file."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises ConfigError that names the file if one is missing, damaged or not as long as it was."""
         self.folder = folder
-        facts = json.loads((folder / "store.json").read_text())
-        self.length: int = facts["length"]
-        self.vocab_size: int = facts["vocab_size"]
-        self.paired: bool = facts.get("paired", False)  # whether its documents are marked
-        self._width: int = facts["width"]
+        try:
+            self.facts: dict[str, Any] = json.loads((folder / "store.json").read_text())
+            self.length: int = self.facts["length"]
+            self.vocab_size: int = self.facts["vocab_size"]
+            self.paired: bool = self.facts["paired"]  # whether its documents are marked
+            self.largest: int = self.facts["largest"]  # token in it
+            self._width: int = self.facts["width"]
+            expected = [self.facts["files"][name] for name in FILES]
+        except OSError as error:
+            raise damage(folder / "store.json", f"cannot be read ({error.strerror})") from None
+        except (ValueError, TypeError, KeyError):
+            raise damage(folder / "store.json", "is damaged") from None
+        for name, facts in zip(FILES, expected, strict=True):
+            try:
+                found = _file_facts(folder / name)
+            except OSError as error:
+                raise damage(folder / name, f"cannot be read ({error.strerror})") from None
+            if found["bytes"] != facts["bytes"]:
+                raise damage(folder / name, f"has {found['bytes']:,} bytes, not {facts['bytes']:,}")
+            if found != facts:
+                raise damage(folder / name, "is not what was written")
         self._pieces = np.memmap(folder / "pieces.bin", dtype="<i8", mode="r")
         self._rows = np.memmap(folder / "rows.bin", dtype="<i8", mode="r")
 

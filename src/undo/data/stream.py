@@ -1,12 +1,15 @@
 """An endless stream of batches, mixed from packed documents by role."""
 
 from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 
 from undo.config.schema import Role
 from undo.data.rows import Rows
 from undo.lm.tokens import Tokens, collate
+
+DRAWN_AT_ONCE: Final = 1 << 16  # rows: a training of any length holds the draws of so many
 
 
 class MixedStream:
@@ -15,23 +18,32 @@ class MixedStream:
     Each slot of the stream draws its role by the shares. Each role's rows come in a new random order every epoch.
     """
 
-    def __init__(
-        self, stores: Mapping[Role, Rows], shares: Mapping[Role, float], rows: int, steps: int, seed: int
-    ) -> None:
+    def __init__(self, stores: Mapping[Role, Rows], shares: Mapping[Role, float], rows: int, seed: int) -> None:
         self._roles: list[Role] = [role for role, share in shares.items() if share > 0]
         self._stores = [stores[role] for role in self._roles]
         self._length = max(store.length for store in self._stores)
         self._seed = seed
-        rng = np.random.default_rng([seed, 0])
-        probabilities = np.array([shares[role] for role in self._roles])
-        self._source = rng.choice(len(self._roles), size=(steps, rows), p=probabilities / probabilities.sum())
-        flat = self._source.ravel()
-        self._nth = np.empty(flat.shape, dtype=np.int64)  # how many rows of the same role come before
-        for i in range(len(self._roles)):
-            mine = flat == i
-            self._nth[mine] = np.arange(mine.sum())
-        self._nth = self._nth.reshape(steps, rows)
+        self._rows = rows
+        self._steps = max(1, DRAWN_AT_ONCE // rows)  # of a block
+        weights = np.array([shares[role] for role in self._roles])
+        self._probabilities = weights / weights.sum()
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self._rng = np.random.default_rng([self._seed, 0])
+        self._next = 0  # the block to draw next
+        self._taken = np.zeros(len(self._roles), dtype=np.int64)  # rows of each role in the blocks before it
+
+    def _draw(self) -> None:
+        """The next block: which role each row has, and how many rows of the same role come before it."""
+        self._source = self._rng.choice(len(self._roles), size=self._steps * self._rows, p=self._probabilities)
+        self._nth = np.empty_like(self._source)
+        for i in range(len(self._roles)):
+            mine = self._source == i
+            self._nth[mine] = self._taken[i] + np.arange(mine.sum())
+            self._taken[i] += mine.sum()
+        self._next += 1
 
     def _row(self, source: int, nth: int) -> list[np.ndarray]:
         store = self._stores[source]
@@ -42,5 +54,11 @@ class MixedStream:
         return store[self._orders[source][1][index]]
 
     def batch(self, step: int) -> Tokens:
-        rows = zip(self._source[step].tolist(), self._nth[step].tolist(), strict=True)
+        block, index = divmod(step, self._steps)
+        if block < self._next - 1:
+            self._rewind()
+        while self._next <= block:
+            self._draw()
+        part = slice(index * self._rows, (index + 1) * self._rows)
+        rows = zip(self._source[part].tolist(), self._nth[part].tolist(), strict=True)
         return collate((self._row(source, nth) for source, nth in rows), self._length)

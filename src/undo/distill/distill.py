@@ -30,14 +30,21 @@ class DistillingStage(TrainingStage):
         return 4 * model.forward_flops(length)  # forward and backward of the student, forward of the teacher
 
 
-def distill(cfg: DistillingStage, run: Run, student: "PreTrainedModel") -> None:
-    """Train `student` on the teacher's outputs until the threshold or the last step; save it and finish the run."""
+def distill(cfg: DistillingStage, run: Run, student: "PreTrainedModel", like: RunName) -> None:
+    """Train `student` on the teacher's outputs until the threshold or the last step; save it and finish the run.
+
+    like: the run whose tokenizer and generation config it keeps. Vocabularies that differ in padding alone are one.
+    """
     from undo.lm.place import freeze
     from undo.lm.read import head
+    from undo.lm.vocabulary import shared_width
     from undo.losses import forward_kl
     from undo.losses.linear import same_vocabulary
 
-    same_vocabulary(shape_of_parent(run, cfg.teacher).vocab_size, len(head(student).weight))
+    widths = shape_of_parent(run, cfg.teacher).vocab_size, len(head(student).weight)
+    vocabulary = shared_width(run.sibling(cfg.teacher).model, run.sibling(like).model, widths)
+    if vocabulary is None:
+        same_vocabulary(*widths)
     teacher = freeze(load_parent(run, cfg.teacher))
     target: Mapping[str, float] = run.sibling(cfg.teacher).facts["evaluation"]
 
@@ -47,7 +54,11 @@ def distill(cfg: DistillingStage, run: Run, student: "PreTrainedModel") -> None:
         )
 
     facts: dict[str, Any] = fit(
-        cfg, run, student, lambda batch: {"kl": forward_kl(student, teacher, batch["train"])}, stop=close_enough
+        cfg,
+        run,
+        student,
+        lambda batch: {"kl": forward_kl(student, teacher, batch["train"], vocabulary)},
+        stop=close_enough,
     )
-    keep(student, cfg, run)
+    keep(student, cfg, run, like)
     run.finish(**facts, reached_threshold=close_enough(facts["evaluation"]))

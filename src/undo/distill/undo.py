@@ -18,7 +18,7 @@ def undo(cfg: Undo, run: Run) -> None:
     student = load_parent(run, cfg.teacher)
     # the fresh model has no name: it is as large as the student, and gone after this
     cfg.noise.apply(student, fresh_like(run, cfg.teacher, cfg.seed_for("init")), generator(cfg.seed_for("noise")))
-    distill(cfg, run, student)
+    distill(cfg, run, student, cfg.teacher)
 
 
 STAGE = Stage("undo", Undo, undo, __name__, "UNDO (Table 6, Appendix C, D.1, D.2.4)")

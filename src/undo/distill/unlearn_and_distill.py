@@ -33,7 +33,7 @@ def start(cfg: Distill, run: Run) -> None:
         student = load_parent(run, cfg.reference)
     else:
         student = fresh_like(run, cfg.teacher, cfg.seed_for("init"))
-    distill(cfg, run, student)
+    distill(cfg, run, student, cfg.reference or cfg.teacher)
 
 
 STAGE = Stage("distill", Distill, start, __name__, "Oracle matching (Table 3), Unlearn-and-Distill (Table 6)")

@@ -5,13 +5,12 @@ one forward pass over prompt + answer + <eos> decides what decoding token by tok
 The softcap is monotone and is left out.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from itertools import compress
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from undo.config.mistakes import ConfigError
-from undo.data.problems import Problem
+from undo.data.problems import Problem, read_problems
 from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured
 from undo.runs.directory import RunDirectory
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from undo.data.ends import Ends
     from undo.lm.tokens import Tokens
 
 
@@ -32,16 +32,23 @@ class Accuracy(EvaluationConfig):
 
     def load(self, data: RunDirectory, device: "torch.device") -> Evaluator:
         import numpy as np
+        import torch
         from transformers import AutoTokenizer
 
-        lines = (data.folder / "problems.jsonl").read_text().splitlines()
-        problems = [Problem(**json.loads(line)) for line in lines]
+        from undo.data.ends import recorded_ends
+
+        problems = read_problems(data.folder / "problems.jsonl", data.facts["problems"])
         tokenizer = AutoTokenizer.from_pretrained(data.folder / "tokenizer")
+        ends = recorded_ends(data, tokenizer)
         subset, rest = (
-            [(tokens.to(device), owner) for tokens, owner in pack_answers(problems, indices, tokenizer, self.rows)]
+            [
+                (tokens.to(device), owner)
+                for tokens, owner in pack_answers(problems, indices, tokenizer, ends, self.rows)
+            ]
             for indices in self.split(len(problems))
         )
 
+        @torch.no_grad()
         def measure(model: "PreTrainedModel", full: bool) -> Measured:
             right = np.ones(len(problems), dtype=bool)
             seen = np.zeros(len(problems), dtype=bool)
@@ -67,8 +74,8 @@ def summarise(problems: list[Problem], hits: "np.ndarray") -> dict[str, float]:
     return {name: sum(group) / len(group) for name, group in groups.items() if group}
 
 
-def encode(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> "tuple[np.ndarray, int]":
-    """Tokens of <bos> prompt answer <eos>, and how many of them are the prompt's.
+def encode(problem: Problem, tokenizer: "PreTrainedTokenizerBase", ends: "Ends") -> "tuple[np.ndarray, int]":
+    """Tokens of <bos> prompt answer <eos>, and how many of them stand before the answer.
 
     Raises ConfigError if the tokenizer joins the end of the prompt with the answer, since then there is no boundary.
     """
@@ -79,11 +86,11 @@ def encode(problem: Problem, tokenizer: "PreTrainedTokenizerBase") -> "tuple[np.
         raise ConfigError(
             f"the tokenizer joins prompt and answer of {problem.text!r}; accuracy cannot be measured with it"
         )
-    return np.array([tokenizer.bos_token_id, *text, tokenizer.eos_token_id]), 1 + len(prompt)
+    return ends.enclose(text).astype(np.int64), len(prompt) + (ends.bos is not None)
 
 
 def pack_answers(
-    problems: Sequence[Problem], indices: Sequence[int], tokenizer: "PreTrainedTokenizerBase", rows: int
+    problems: Sequence[Problem], indices: Sequence[int], tokenizer: "PreTrainedTokenizerBase", ends: "Ends", rows: int
 ) -> "Iterable[tuple[Tokens, np.ndarray]]":
     """Batches of packed problems in which only answer tokens have labels, and for each label its problem's index."""
     import numpy as np
@@ -91,7 +98,7 @@ def pack_answers(
     from undo.data.store import best_fit
     from undo.lm.tokens import IGNORE, collate
 
-    encoded = [encode(problems[index], tokenizer) for index in indices]
+    encoded = [encode(problems[index], tokenizer, ends) for index in indices]
     lengths = np.array([len(ids) for ids, _ in encoded])
     bins = best_fit(lengths, int(lengths.max(initial=0)))
     for start in range(0, len(bins), rows):

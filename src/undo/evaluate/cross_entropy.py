@@ -32,7 +32,10 @@ class TokenCrossEntropy(EvaluationConfig):
                 raise ConfigError(f"choices.{error}") from None
 
     def load(self, data: RunDirectory, device: "torch.device") -> Evaluator:
+        import torch
+
         from undo.data.store import TokenStore
+        from undo.losses import cross_entropy
 
         parts = {}  # role -> batches of the subset, batches of the rest
         for role in ("retain", "forget"):
@@ -45,11 +48,8 @@ class TokenCrossEntropy(EvaluationConfig):
         choices = self.choices.load(data, device) if self.choices is not None else None
         whole = sum(t.total for both in parts.values() for some in both for t in some)
 
+        @torch.no_grad()
         def measure(model: "PreTrainedModel", full: bool) -> Measured:
-            import torch
-
-            from undo.losses import cross_entropy
-
             batches = {role: subset + rest if full else subset for role, (subset, rest) in parts.items()}
             sums = [torch.stack([cross_entropy(model, t) * t.total for t in some]).sum() for some in batches.values()]
             totals = [sum(t.total for t in some) for some in batches.values()]

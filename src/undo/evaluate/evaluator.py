@@ -21,7 +21,7 @@ class Measured(NamedTuple):
     tokens: int
 
 
-# Given the model, and whether to use the whole validation set or the config's fixed subset of it.
+# Given the model, and whether to use the whole validation set or the config's fixed subset of it. Takes no gradient.
 Evaluator = Callable[["PreTrainedModel", bool], Measured]
 
 

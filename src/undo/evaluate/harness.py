@@ -1,21 +1,17 @@
-"""The lm-evaluation-harness on a model in memory: its tasks, prompts, tokens, verdicts and sums.
+"""The lm-evaluation-harness on a model in memory: its prompts, tokens, verdicts and sums.
 
 The forward passes are ours: `likelihoods.py`.
 """
 
 import io
-import json
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import numpy as np
-import yaml
-from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import aggregate_subtask_metrics
 from lm_eval.api.model import TemplateLM
@@ -25,8 +21,11 @@ from lm_eval.utils import env as templates
 from transformers import AutoTokenizer
 
 from undo.config.mistakes import ConfigError
+from undo.data.ends import Ends, family_ends, recorded_ends
 from undo.evaluate.likelihoods import Encoded, Plan, Score, plan, score
-from undo.evaluate.questions import LETTERS, Question, Questions
+from undo.evaluate.questions import Questions
+from undo.evaluate.tasks import build
+from undo.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,135 +41,6 @@ else:
     from lm_eval.models.huggingface import HFLM
 
 SHOT_SEED: Final = 1234  # the command line's own, for tasks that draw their shots
-# Renders to what the harness' mmlu and wmdp tasks render to where there are four choices.
-TEMPLATE: Final = {
-    "output_type": "multiple_choice",
-    "description": (
-        "The following are multiple choice questions (with answers)"
-        "{% if subject %} about {{subject|replace('_', ' ')}}{% endif %}.\n\n"
-    ),
-    "doc_to_text": (
-        "{{question.strip()}}\n{% for choice in choices %}{{letters[loop.index0]}}. {{choice}}\n{% endfor %}Answer:"
-    ),
-    "doc_to_choice": "letters",
-    "doc_to_target": "answer",
-    "test_split": "test",
-    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    "metadata": {"version": 1.0},
-}
-
-
-# --- tasks -----------------------------------------------------------------------------------------------------------
-
-
-class LocalTask(NamedTuple):
-    """A task of the harness without its data, and the rows of its splits: `test`, and `dev` if it has shots."""
-
-    config: dict[str, Any]
-    splits: dict[str, list[dict[str, Any]]]
-
-
-def local_tasks(questions: Questions, name: str) -> tuple[dict[str, Any] | None, list[LocalTask]]:
-    """The tasks of our evaluation and of an exported folder: one task, or one for each subject and their group."""
-    tasks = []
-    subjects = questions.by_subject()
-    for index, (subject, (asked, shots)) in enumerate(subjects.items()):
-        own = name if len(subjects) == 1 else f"{name}_{index}_" + re.sub(r"\W+", "_", subject)
-        config = TEMPLATE | {"task": own, "num_fewshot": questions.shots}
-        splits = {"test": [_row(question) for question in asked]}
-        if questions.shots:
-            config |= {"fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"}}
-            splits["dev"] = [_row(shot) for shot in shots]
-        tasks.append(LocalTask(config, splits))
-    if len(tasks) == 1:
-        return None, tasks
-    group = {
-        "group": name,
-        "task": [task.config["task"] for task in tasks],
-        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
-        "metadata": {"version": 1.0},
-    }
-    return group, tasks
-
-
-def _row(question: Question) -> dict[str, Any]:
-    return question._asdict() | {
-        "choices": list(question.choices),
-        "letters": list(LETTERS[: len(question.choices)]),
-    }
-
-
-def write_task(questions: Questions, folder: Path, name: str = "questions") -> list[str]:
-    """Write what `questions` asks as tasks of the harness -> the arguments of `lm_eval` that measure the same.
-
-    The folder holds the sample itself as JSON lines, so that the command needs neither --samples nor --num_fewshot.
-    """
-    if questions.path is None:
-        raise ConfigError(f"{questions.task} is a task of the harness already: lm_eval --tasks {questions.task}")
-    folder.mkdir(parents=True, exist_ok=True)
-    folder = folder.resolve()
-    group, tasks = local_tasks(questions, name)
-    for task in tasks:
-        files = {}
-        for split, rows in task.splits.items():
-            path = folder / f"{task.config['task']}.{split}.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            files[split] = str(path)
-        config = task.config | {"dataset_path": "json", "dataset_kwargs": {"data_files": files}}
-        (folder / f"{task.config['task']}.yaml").write_text(yaml.safe_dump(config))
-    if group is not None:
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(group))
-    return ["--include_path", str(folder), "--tasks", name]
-
-
-def build(questions: Questions) -> tuple[Group | None, list[ConfigurableTask]]:
-    """The harness' task objects, and the group that adds them up (None for a single task). Needs no network for files.
-
-    Raises ConfigError for a task that the harness does not know, cannot get, or does not measure by accuracy.
-    """
-    if questions.path is not None:
-        config, locals_ = local_tasks(questions, "questions")
-        tasks = [ConfigurableTask(config=task.config | {"custom_dataset": _in_memory(task)}) for task in locals_]
-        if config is None:
-            return None, tasks
-        group = Group.from_config(config)
-        for task in tasks:
-            group.add(task)
-        return group, tasks
-    from lm_eval.tasks import TaskManager
-
-    known = TaskManager()
-    if questions.task not in known.all_tasks:
-        raise ConfigError(
-            f"{questions.task!r} is not a task of the harness; `lm_eval ls tasks` lists them, or give `path`"
-        )
-    try:
-        loaded = known.load([questions.task])
-    except (OSError, ValueError) as error:  # not there, or no network
-        raise ConfigError(
-            f"could not get the data of {questions.task}: {(str(error) or type(error).__name__).splitlines()[0]}\n"
-            f"get it once with network, or give your own file with `path`"
-        ) from None
-    tasks = cast(list[ConfigurableTask], list(loaded["tasks"].values()))
-    for task in tasks:
-        if task.OUTPUT_TYPE != "multiple_choice" or "acc" not in task.aggregation():
-            raise ConfigError(f"{task.task_name} is not multiple choice measured by accuracy")
-        fixed = task.get_config("num_fewshot")
-        if fixed == 0 and questions.shots:  # the command line would quietly ask without shots
-            raise ConfigError(f"{task.task_name} is made for 0 shots, not {questions.shots}; leave `shots` out")
-        if fixed is None or questions.shots:
-            task.set_config("num_fewshot", questions.shots)
-    root = loaded.get("groups", {}).get(cast(str, questions.task))
-    return (root if root is not None and root.has_aggregation else None), tasks
-
-
-def _in_memory(task: LocalTask) -> Callable[..., Any]:
-    def dataset(**_: Any) -> Any:
-        from datasets import Dataset, DatasetDict
-
-        return DatasetDict({split: Dataset.from_list(rows) for split, rows in task.splits.items()})
-
-    return dataset
 
 
 @contextmanager
@@ -200,31 +70,46 @@ def compiled_once() -> Iterator[None]:
 
 
 class InMemory(HFLM):
-    """`--model hf` for a model in memory, with the harness' own tokenisation, context length and special tokens.
+    """`--model hf` for a model in memory, with the harness' own tokenisation and context length.
 
+    A prompt begins as the documents of the model's data do; by default that is what the tokenizer does by itself.
     It can be passed to `lm_eval.evaluate`. `Benchmark` uses it directly, to render and tokenise once and measure often.
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel | None" = None, rows: int = 16
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        model: "PreTrainedModel | None" = None,
+        rows: int = 16,
+        ends: Ends | None = None,
     ) -> None:
         TemplateLM.__init__(self)  # HFLM's own wants to load a model
         self.tokenizer, self.backend, self.add_bos_token, self.custom_prefix_token_id = tokenizer, "causal", None, None
         self._model, self._max_length, self.rows = model, None, rows
+        self._bos = (ends or family_ends(tokenizer)).bos
         self._known: dict[str, list[int]] = {}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        if add_special_tokens is None and not options and string in self._known:
+        if add_special_tokens is False or self._begins(string):
+            return super().tok_encode(string, False, **options)
+        if string in self._known and not options:
             return self._known[string]
-        return super().tok_encode(string, add_special_tokens, **options)
+        return self._begun(super().tok_encode(string, False, **options))
+
+    def _begins(self, text: str) -> bool:
+        """Whether a text has the token of a beginning itself."""
+        return self._bos is not None and has_bos_prefix(text, self.tokenizer.decode(self._bos))
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        return ids if self._bos is None else [self._bos, *ids]
 
     def encode(self, requests: Sequence[Instance]) -> list[Encoded]:
         """Like TemplateLM.loglikelihood, but with all texts at once, so that a fast tokenizer uses all cores."""
         pairs = [cast(tuple[str, str], request.args) for request in requests]
         texts = {text for context, choice in pairs if context for text in (context, context + choice)}
-        begin = self.tokenizer.decode(self.prefix_token_id)
-        plain = sorted(text for text in texts if not has_bos_prefix(text, begin))
-        self._known = dict(zip(plain, self.tokenizer(plain)["input_ids"], strict=True)) if plain else {}
+        plain = sorted(text for text in texts if not self._begins(text))
+        encoded = self.tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else []
+        self._known = {text: self._begun(ids) for text, ids in zip(plain, encoded, strict=True)}
         try:
             return [self._encode(*pair) for pair in pairs]
         finally:
@@ -283,8 +168,14 @@ class Benchmark:
     """Questions, rendered and tokenised once, that can be asked any number of times."""
 
     def __init__(
-        self, questions: Questions, tokenizer: "PreTrainedTokenizerBase", rows: int = 16, reuse: bool = True
+        self,
+        questions: Questions,
+        tokenizer: "PreTrainedTokenizerBase",
+        rows: int = 16,
+        reuse: bool = True,
+        ends: Ends | None = None,
     ) -> None:
+        """ends: of the documents that the model was trained on; None: as the tokenizer's family has them."""
         self.questions, self.tokenizer, self.rows, self.reuse = questions, tokenizer, rows, reuse
         self.asked: list[Asked] = []
         self._plans: dict[tuple[int, ...], list[tuple[list[int], Plan]]] = {}
@@ -297,9 +188,9 @@ class Benchmark:
                     chosen = questions.sample(task.task_name, len(task.eval_docs))
                 task.build_all_requests(samples=chosen)
                 instances = task.instances
-                encoded = InMemory(tokenizer).encode(instances)
+                encoded = InMemory(tokenizer, ends=ends).encode(instances)
                 if not all(request.continuation for request in encoded):
-                    raise ConfigError(f"{questions.path or questions.task}: the tokenizer has no token for a choice")
+                    raise ConfigError(f"{questions.label}: the tokenizer has no token for a choice")
                 by_doc: dict[int | None, list[int]] = {}
                 for index, instance in enumerate(instances):
                     by_doc.setdefault(instance.doc_id, []).append(index)
@@ -313,17 +204,19 @@ class Benchmark:
         return len(self.asked)
 
     @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest input."""
-        return max(len(r.context) + len(r.continuation) - 1 for asked in self.asked for r in asked.requests)
+    def longest(self) -> tuple[int, Asked]:
+        """Tokens of the longest input, and the question that it belongs to."""
+        sizes = [max(len(r.context) + len(r.continuation) - 1 for r in asked.requests) for asked in self.asked]
+        return max(sizes), self.asked[sizes.index(max(sizes))]
 
     def fits(self, model: "PreTrainedModel") -> None:
         """Raises ConfigError if a prompt is longer than the model's context; the harness would cut it on the left."""
-        most = InMemory(self.tokenizer, model).max_length
-        if self.longest > most:
+        most, (longest, asked) = InMemory(self.tokenizer, model).max_length, self.longest
+        if longest > most:
+            begin = str(asked.doc.get("question") or asked.task.doc_to_text(asked.doc)).strip()[:60]
             raise ConfigError(
-                f"{self.questions.path or self.questions.task}: a question with its {self.questions.shots} shots has "
-                f"{self.longest} tokens, the model reads {most}\nuse fewer shots, or leave it out"
+                f"{self.questions.label}: the question {begin!r} with its {self.questions.shots} "
+                f"shots has {longest} tokens, the model reads {most}\nuse fewer shots, or leave it out"
             )
 
     def ask(self, model: "PreTrainedModel", indices: Sequence[int] | None = None) -> Answered:
@@ -382,6 +275,7 @@ class Benchmark:
 
 
 @lru_cache(maxsize=4)
-def benchmark(questions: Questions, tokenizer: Path, rows: int) -> Benchmark:
-    """The benchmark for the tokenizer in a folder. Runs of one process share it: questions are rendered once."""
-    return Benchmark(questions, AutoTokenizer.from_pretrained(tokenizer), rows)
+def benchmark(questions: Questions, data: Path, rows: int) -> Benchmark:
+    """The benchmark as a prepare run's folder has it. Runs of one process share it: questions are rendered once."""
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizer")
+    return Benchmark(questions, tokenizer, rows, ends=recorded_ends(RunDirectory.at(data), tokenizer))

@@ -9,7 +9,7 @@ correction.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+TOKENS_AT_ONCE: Final = 1 << 13  # of a forward pass behind the prefix: attention takes the square of a row's length
 
 
 class Encoded(NamedTuple):
@@ -68,8 +71,7 @@ def plan(requests: Sequence[Encoded], rows: int, reuse: bool = True) -> Plan:
     for index, tail in enumerate(tails):
         asked[holder[tail]].append(index)
     batches = []
-    for start in range(0, len(distinct), rows):
-        part = distinct[start : start + rows]
+    for part in _bounded(distinct, rows):
         ids = torch.zeros(len(part), len(part[-1]), dtype=torch.long)
         reads: dict[tuple[int, int], int] = {}
         picks = []
@@ -83,6 +85,18 @@ def plan(requests: Sequence[Encoded], rows: int, reuse: bool = True) -> Plan:
         read, token, owner = zip(*picks, strict=True)
         batches.append(Batch(ids, row, column, torch.tensor(read), torch.tensor(token), owner))
     return Plan(prefix, tuple(batches))
+
+
+def _bounded(tails: Sequence[tuple[int, ...]], rows: int) -> Iterator[list[tuple[int, ...]]]:
+    """Inputs, short ones first, in batches of at most `rows` and TOKENS_AT_ONCE, padding included, or of one alone."""
+    batch: list[tuple[int, ...]] = []
+    for tail in tails:
+        if batch and (len(batch) == rows or (len(batch) + 1) * len(tail) > TOKENS_AT_ONCE):
+            yield batch
+            batch = []
+        batch.append(tail)
+    if batch:
+        yield batch
 
 
 class Score(NamedTuple):

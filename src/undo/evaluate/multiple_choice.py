@@ -52,7 +52,7 @@ class MultipleChoice(EvaluationConfig):
         parts = {}  # role -> its questions, the subset's indices, those of the rest
         for role, questions in self._roles():
             # a frozen block has a hash, which only pydantic knows
-            asked = benchmark(questions, data.folder / "tokenizer", self.rows)  # pyright: ignore[reportArgumentType]
+            asked = benchmark(questions, data.folder, self.rows)  # pyright: ignore[reportArgumentType]
             parts[role] = asked, *self.split(len(asked))
         whole = sum(len(asked) for asked, _, _ in parts.values())
 

@@ -1,16 +1,14 @@
 """Files of multiple-choice questions: read, checked row by row, and sampled. Imports neither torch nor the harness."""
 
-import glob
-import json
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
 from undo.config.mistakes import ConfigError
-from undo.config.schema import Frozen
+from undo.data.files import check_surrogates, find_files, read_rows
+from undo.data.hub import HubDataset
 
 LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 FORMATS: Final = (".parquet", ".jsonl", ".json")
@@ -25,11 +23,13 @@ class Question(NamedTuple):
     subject: str
 
 
-class Questions(Frozen):
-    """The questions to ask: a task of the harness (from the hub), or a local file with the benchmark's columns."""
+class Questions(HubDataset):
+    """The questions to ask: a task of the harness, or a file or a dataset of the hub with the benchmark's columns."""
 
     task: str | None = None  # a name that the harness knows: mmlu, wmdp_bio, ...
-    path: str | None = None  # a file or a glob, .parquet, .jsonl or .json: question, choices, answer (index), [subject]
+    split: str = "test"  # of the hub's dataset
+    shots_split: str | None = None  # of the same dataset: where the shots come from
+    path: str | None = None  # a file or a glob, .parquet, .jsonl or .json; it beats `hub`. Columns: see `read`
     subject: str | None = None  # of all questions of a file that has no such column; it stands in the prompt
     subjects: tuple[str, ...] | None = None  # of a file that has more of them: only these
     shots: Annotated[int, Field(ge=0)] = 0  # solved examples before each question; 0: as the task has it
@@ -39,36 +39,49 @@ class Questions(Frozen):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.task is None) == (self.path is None):
-            raise ValueError("give one of `task` (a name that the harness knows) and `path` (your own file), not both")
+        if (self.task is None) == (self.path is None and self.hub is None):
+            raise ValueError("give one of `task` (a name that the harness knows), `path` (your own file) and `hub`")
         if self.task is not None and (self.shots_path or self.subject or self.subjects):
             raise ValueError("`shots_path`, `subject` and `subjects` go with `path`; a task brings its own")
-        if self.path is not None and self.shots > 0 and self.shots_path is None:
-            raise ValueError(f"{self.shots} shots need `shots_path`, the file to take them from")
+        if self.task is None and self.shots > 0 and self.shots_path is None:
+            if self.path is not None:
+                raise ValueError(f"{self.shots} shots need `shots_path`, the file to take them from")
+            if self.shots_split is None:
+                raise ValueError(f"{self.shots} shots need `shots_split`, the split to take them from")
         return self
 
     def check(self) -> None:
-        """Raises ConfigError for any mistake in the files."""
-        if self.path is not None:
+        """Raises ConfigError for any mistake in the files. A dataset is fetched when it is needed."""
+        if self.path is not None or self.stand_in() is not None:
             self.by_subject()
 
+    @property
+    def label(self) -> str:
+        return self.task or self.path or self.dataset
+
+    def _read(self, path: str | None, split: str | None) -> list[Question]:
+        """The questions of a file, or of a split of the dataset."""
+        if local := path or self.stand_in(split):
+            return read(local, self.subject)
+        rows = enumerate(self.rows(split))
+        return [_question(row, self.subject or "", f"{self.dataset} {split} row {number}") for number, row in rows]
+
     def by_subject(self) -> dict[str, tuple[list[Question], list[Question]]]:
-        """The sample of the questions, and the shots before each of them, by subject. Only for a `path`."""
-        assert self.path is not None
-        groups = _by_subject(read(self.path, self.subject))
+        """The sample of the questions, and the shots before each of them, by subject. Not for a `task`."""
+        groups = _by_subject(self._read(self.path, self.split))
         if self.subjects is not None:
             for subject in self.subjects:
                 if subject not in groups:
-                    raise ConfigError(f"{self.path}: holds no question on {subject!r}; it has {', '.join(groups)}")
+                    raise ConfigError(f"{self.label}: holds no question on {subject!r}; it has {', '.join(groups)}")
             groups = {subject: groups[subject] for subject in self.subjects}
         shots: dict[str, list[Question]] = {}
         if self.shots:
-            assert self.shots_path is not None
-            shots = _by_subject(read(self.shots_path, self.subject))
+            shots = _by_subject(self._read(self.shots_path, self.shots_split))
         for subject in groups:
+            where = self.shots_path or f"{self.label} {self.shots_split}"
             if (found := len(shots.get(subject, ()))) < self.shots:
                 raise ConfigError(
-                    f"{self.shots_path}: holds {found} questions on {subject!r}, fewer than the {self.shots} shots\n"
+                    f"{where}: holds {found} questions on {subject!r}, fewer than the {self.shots} shots\n"
                     f"lower `shots`, or give a file with more of them"
                 )
         return {
@@ -89,52 +102,16 @@ class Questions(Frozen):
 def read(pattern: str, subject: str | None = None) -> list[Question]:
     """All questions of a file, or of the files that a glob matches, in order. `subject` where the file names none.
 
-    Raises ConfigError that names the file, the row (the first is 0) and what is wrong.
+    Columns: question, choices, answer (an index), and subject where there are several.
+    Raises ConfigError that names the file, the place in it and what is wrong.
     """
-    files = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-    if not files:
-        raise ConfigError(f"{pattern}: no such file; give {', '.join(FORMATS)} with question, choices and answer")
-    questions = []
-    for file in files:
-        rows = _rows(file)
-        if not rows:
+    questions: list[Question] = []
+    for file in find_files(pattern, FORMATS):
+        found = [_question(row, subject or "", where) for where, row in read_rows(file)]
+        if not found:
             raise ConfigError(f"{file}: holds no questions")
-        questions += [_question(row, subject or "", f"{file} row {number}") for number, row in enumerate(rows)]
+        questions += found
     return questions
-
-
-def _rows(file: Path) -> list[Any]:
-    if file.suffix not in FORMATS:
-        raise ConfigError(f"{file}: is not one of {', '.join(FORMATS)}")
-    try:
-        if file.suffix == ".parquet":
-            return _parquet(file)
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'is not UTF-8'}") from None
-    if file.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{file}: is not JSON: {error}") from None
-    rows = []
-    for number, line in enumerate(text.split("\n")):  # not splitlines: U+2028 may stand in a question
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-        except ValueError as error:
-            raise ConfigError(f"{file} line {number + 1}: is not JSON: {error}") from None
-    return rows
-
-
-def _parquet(file: Path) -> list[Any]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.ParquetFile(file).read().to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"{file}: is not a parquet file, or is damaged: {str(error).splitlines()[0]}") from None
 
 
 def _question(row: Any, subject: str, where: str) -> Question:
@@ -148,12 +125,17 @@ def _question(row: Any, subject: str, where: str) -> Question:
     for column, value in (("question", question), ("subject", subject)):
         if not isinstance(value, str):
             raise ConfigError(f"{where}: column {column!r} holds {value!r}, not text")
+        check_surrogates(value, f"{where}: column {column!r}")
     if not question.strip():
         raise ConfigError(f"{where}: the question is empty")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ConfigError(f"{where}: column 'choices' must be a list of texts, got {choices!r}")
+    for choice in choices:
+        check_surrogates(choice, f"{where}: column 'choices'")
     if not 2 <= len(choices) <= len(LETTERS):
         raise ConfigError(f"{where}: has {len(choices)} choices; a question needs 2 to {len(LETTERS)}")
+    if len(set(choices)) == 1:
+        raise ConfigError(f"{where}: its {len(choices)} choices are all {choices[0]!r}: no answer is better")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise ConfigError(
             f"{where}: answer {answer!r} is not an index into its {len(choices)} choices (0 to {len(choices) - 1})"

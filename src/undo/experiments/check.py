@@ -1,44 +1,34 @@
 """From planned runs to jobs. Whatever can be known to be wrong is reported before a process starts."""
 
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby
 
 from undo.config.mistakes import ConfigError
-from undo.config.schema import StageConfig
 from undo.config.secrets import check_token
 from undo.experiments import worker
+from undo.experiments.costs import Costs
 from undo.experiments.plan import PlannedRun
 from undo.experiments.remedy import command_for
-from undo.launch.devices import check_devices
+from undo.launch.devices import check_card, check_devices
 from undo.launch.jobs import DeviceShare, Job
 from undo.train.stage import TrainingStage
 
 
-def check(planned: Sequence[PlannedRun], force: bool, kept: Collection[str] = ()) -> None:
+def check(planned: Sequence[PlannedRun], force: bool, kept: Collection[str] = (), costs: Costs | None = None) -> None:
     """Claim the runs' folders. Raises ConfigError for everything that can be known to be wrong before a process starts.
 
     `force` removes the runs first, except those whose names are in `kept`.
     """
-    names = {p.name for p in planned}
+    for error in refusals(planned, costs):
+        raise error
+    check_card()
+    forced = {run.name for run in planned if force} - set(kept)
     for run in planned:
-        execution = run.config.execution
-        check_devices(share(run.config))
-        if execution.devices > 1 and not isinstance(run.config, TrainingStage):
-            raise ConfigError(f"execution.devices={execution.devices}: {run.name} trains nothing; leave the key out")
-        check_token(run.config)
-        if not run.directory.done:
-            run.config.check()
-        for parent in run.config.parents():
-            if parent not in names and not run.directory.sibling(parent).done:
-                raise ConfigError(
-                    f"{run.name} needs {parent}, which is not done in {run.directory.runs / run.directory.setting}\n"
-                    f"make it with: {command_for(parent, run.directory.setting)}"
-                )
+        if run.name in forced and run.directory.is_held():
+            raise ConfigError(f"{run.name} is being run by another launcher; --force would destroy its work")
     for run in planned:
-        if force and run.name not in kept:
-            if run.directory.is_held():
-                raise ConfigError(f"{run.name} is being run by another launcher; --force would destroy its work")
+        if run.name in forced:
             run.directory.remove()
         run.directory.claim(run.config)
         if run.directory.done and (parent := run.directory.is_stale(run.config)):
@@ -46,6 +36,51 @@ def check(planned: Sequence[PlannedRun], force: bool, kept: Collection[str] = ()
                 f"{run.name} was made from a {parent} that has since been made anew with other settings\n"
                 f"make it again with: {command_for(run.name, run.directory.setting)} --force"
             )
+
+
+def refusals(planned: Sequence[PlannedRun], costs: Costs | None = None) -> Iterator[ConfigError]:
+    """Why the runs would be refused at once, one reason for each; nothing is written.
+
+    With `costs`, which knows what they train, vocabularies are compared, too.
+    """
+    names = {run.name for run in planned}
+    for run in planned:
+        try:
+            _check(run, names)
+            if costs is not None:
+                check_vocabulary(run, costs)
+        except ConfigError as error:
+            yield error
+
+
+def _check(run: PlannedRun, names: Collection[str]) -> None:
+    execution = run.config.execution
+    check_devices(share(run))
+    if execution.devices > 1 and not isinstance(run.config, TrainingStage):
+        raise ConfigError(f"execution.devices={execution.devices}: {run.name} trains nothing; leave the key out")
+    check_token(run.config)
+    if not run.directory.done:
+        run.config.check()
+    for parent in run.config.parents():
+        if parent not in names and not run.directory.sibling(parent).done:
+            raise ConfigError(
+                f"{run.name} needs {parent}, which is not done in {run.directory.runs / run.directory.setting}\n"
+                f"make it with: {command_for(parent, run.directory.setting)}"
+            )
+        if parent not in names:
+            run.directory.sibling(parent).identity()  # now, not when hours of training are to be recorded
+
+
+def check_vocabulary(run: PlannedRun, costs: Costs) -> None:
+    """Raises ConfigError if the data of a run have tokens that its model does not know."""
+    if run.directory.done or not isinstance(run.config, TrainingStage):
+        return
+    shape, vocabulary = costs.shape(run.name), costs.vocabulary(run.config.data)
+    if shape is not None and vocabulary is not None and vocabulary > shape.vocab_size:
+        raise ConfigError(
+            f"{run.name}: {run.config.data} has a vocabulary of {vocabulary}, the model only {shape.vocab_size}\n"
+            f"prepare the data with the model's tokenizer"
+        )
 
 
 def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
@@ -66,7 +101,7 @@ def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
                     argv=(sys.executable, *starter(execution.devices), "-m", worker.__name__, part[0].stage.module),
                     runs=tuple(p.directory for p in part),
                     waits_for=frozenset(parent for p in part for parent in p.config.parents()),
-                    share=share(part[0].config),
+                    share=share(part[0]),
                 )
             )
     return result
@@ -83,9 +118,9 @@ def starter(devices: int) -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices))
 
 
-def share(config: StageConfig) -> DeviceShare:
-    execution = config.execution
-    return DeviceShare(execution.runs_per_gpu, execution.threads, execution.devices)
+def share(run: PlannedRun) -> DeviceShare:
+    execution = run.config.execution
+    return DeviceShare(execution.runs_per_gpu, execution.threads, execution.devices if run.stage.computes else 0)
 
 
 def models(run: PlannedRun) -> tuple[str, ...]:

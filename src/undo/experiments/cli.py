@@ -3,23 +3,35 @@
 import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
+from undo.config import mirror
 from undo.config.mistakes import ConfigError
 from undo.config.sweep import parse_overrides
 from undo.config.units import aligned, si
-from undo.experiments.check import check, jobs
+from undo.experiments.check import check, jobs, refusals
 from undo.experiments.choose import pick, wanted
 from undo.experiments.costs import Cost, Costs
 from undo.experiments.plan import PlannedRun, beside_the_main, find_configs, plan
+from undo.launch.devices import visible_gpus
 from undo.launch.local import run_jobs
+from undo.runs import precision
 from undo.train.stage import Stage, TrainingStage
 
-EXAMPLE = "example: %(prog)s demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"
+REFUSALS: Final = 3  # that --dry-run prints
+
+
+class Unbroken(argparse.HelpFormatter):
+    """Leaves the example in one line, which a shell can read."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example: ") else super()._fill_text(text, width, indent)
 
 
 def main(stage: Stage, stages: Mapping[str, Stage]) -> int:
     """Plan, check and launch the runs of one of `stages` -> the exit status."""
-    arguments = parser(f"The {stage.name} stage: one run for each point of configs/<setting>/{stage.name}.yaml.")
+    about = f"The {stage.name} stage: one run for each point of configs/<setting>/{stage.name}.yaml."
+    arguments = parser(about, stage.example)
 
     def planned(args: argparse.Namespace) -> tuple[list[PlannedRun], Path]:
         found = find_configs(args.config, stage.name)
@@ -45,8 +57,11 @@ def check_extra(names: Sequence[str], found: Sequence[Path]) -> None:
             )
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    arguments = argparse.ArgumentParser(description=description, epilog=EXAMPLE)
+def parser(description: str, example: str) -> argparse.ArgumentParser:
+    """example: arguments that run as they stand, since --help prints them for copying."""
+    arguments = argparse.ArgumentParser(
+        description=description, epilog=f"example: %(prog)s {example}", formatter_class=Unbroken
+    )
     arguments.add_argument("config", help="a setting (demo: configs/demo/<stage>.yaml), or a path to a YAML file")
     arguments.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of the YAML, dotted; they beat its sweep"
@@ -60,6 +75,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     arguments.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs/)"
     )
+    arguments.add_argument(
+        "--mirror",
+        type=Path,
+        metavar="FILE",
+        help="a YAML that names local files for what the hub has (UNDO_MIRROR)",
+    )
     return arguments
 
 
@@ -72,18 +93,40 @@ def launch(
     """Plan, check and execute runs -> the exit status. `kept`: names of runs that --force leaves as they are."""
     from undo.experiments.display import LiveTable
 
+    mirror.use(args.mirror)
     runs, configs = planned(args)
+    costs = Costs(runs, configs, stages, parse_overrides(args.overrides).get("base.model"))
     if args.dry_run:
-        show(runs, Costs(runs, configs, stages, parse_overrides(args.overrides).get("base.model")))
+        show(runs, costs)
+        show_refusals(runs, costs)
         return 0
-    check(runs, args.force, kept)
+    check(runs, args.force, kept, costs)
+    if said := precision_note(runs):
+        print(said)
     with LiveTable(runs) as display:
         try:
             failed = run_jobs(jobs(runs), display)
         except KeyboardInterrupt:
-            display.interrupted()
+            display.interrupted(args.force)
             return 130
     return 1 if failed else 0
+
+
+def precision_note(runs: Sequence[PlannedRun]) -> str | None:
+    """That runs ask for bf16 where there is no GPU and the CPU multiplies it slowly. A GPU is asked by its worker."""
+    asks = any(isinstance(run.config, TrainingStage) and run.config.training.precision == "bf16" for run in runs)
+    if not asks or visible_gpus() or precision.cpu_has_fast_bf16():
+        return None
+    return precision.note("bf16", "fp32")
+
+
+def show_refusals(runs: Sequence[PlannedRun], costs: Costs) -> None:
+    """What --dry-run knows to be wrong with the runs that it lists."""
+    found = list(dict.fromkeys(map(str, refusals(runs, costs))))
+    for text in found[:REFUSALS]:
+        print(f"would be refused: {text}")
+    if len(found) > REFUSALS:
+        print(f"would be refused: {len(found) - REFUSALS} more")
 
 
 def show(runs: Sequence[PlannedRun], costs: Costs) -> None:

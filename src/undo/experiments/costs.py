@@ -48,6 +48,7 @@ class Costs:
         self._configs: dict[str, StageConfig | None] = {}  # of runs that are not planned
         self._shapes: dict[str, Shape | None] = {}
         self._lengths: dict[str, int | None] = {}
+        self._vocabularies: dict[str, int | None] = {}
 
     @cached_property
     def _written(self) -> dict[str, Raw]:
@@ -89,6 +90,14 @@ class Costs:
         """Tokens per row of the data that a run reads or makes."""
         return self._nearest(
             name, self._lengths, lambda n, config: self._stages[n.partition("/")[0]].row_tokens(config)
+        )
+
+    def vocabulary(self, name: str) -> int | None:
+        """The size of the vocabulary of a prepare run's data."""
+        return self._nearest(
+            name,
+            self._vocabularies,
+            lambda n, config: self._stages[n.partition("/")[0]].vocabulary(config, self._at(n)),
         )
 
     def _at(self, name: str) -> RunDirectory:

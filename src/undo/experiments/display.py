@@ -5,6 +5,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +19,8 @@ from undo.experiments.plan import PlannedRun
 from undo.runs.directory import RunDirectory
 from undo.train.stage import TrainingStage
 
+QUIET_SECONDS = 60.0  # off a terminal; then a line says how far the runs are
+SHOWN = 3  # runs in such a line
 TAIL_BYTES = 8192  # enough to hold the last step and the last evaluation of metrics.jsonl
 
 
@@ -31,7 +34,9 @@ class LiveTable:
         self._detail: dict[str, str] = {}
         self._started: dict[str, tuple[float, int]] = {}  # when this launcher saw it start, and at which step
         self._seconds: dict[str, float] = {}
-        self._console = Console()
+        self._waits_for: str | None = None
+        self._spoke = self._begin  # when the last line was printed
+        self._console = Console(markup=False, emoji=False, highlight=False)  # names and paths are text
         self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=2, transient=True)
 
     def __enter__(self) -> Self:
@@ -39,8 +44,14 @@ class LiveTable:
             self._live.start()
         skipped = sum(state == "skipped" for state in self._state.values())
         if skipped:
-            self._console.print(f"{skipped} of {len(self._state)} runs were done before")
+            self._say(f"{skipped} of {len(self._state)} runs were done before")
         return self
+
+    def _say(self, text: str) -> None:
+        """One line. What becomes of our output does not concern the runs: config/guard.py reports it at the end."""
+        self._spoke = time.monotonic()
+        with suppress(OSError, ValueError):
+            self._console.print(text, soft_wrap=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -49,18 +60,17 @@ class LiveTable:
             self._live.stop()
         counts = Counter(self._state.values())
         summary = ", ".join(f"{counts[s]} {s}" for s in ("done", "skipped", "failed", "waiting") if counts[s])
-        self._console.print(f"{summary} in {duration(time.monotonic() - self._begin)}")
+        self._say(f"{summary} in {duration(time.monotonic() - self._begin)}")
         not_run: dict[str, list[str]] = {}
         for name, state in self._state.items():
             if state == "failed" and self._detail[name].startswith("not run"):
                 not_run.setdefault(self._detail[name], []).append(name)
             elif state == "failed":
-                self._console.print(f"[red]failed[/] {name}: ", end="", highlight=False)
-                self._console.print(self._detail[name], markup=False, highlight=False, soft_wrap=True)
-                self._console.print(f"       log: {self._planned[name].directory.log}", soft_wrap=True, highlight=False)
+                self._say(f"failed {name}: {self._detail[name]}")
+                self._say(f"       log: {self._planned[name].directory.log}")
         for reason, names in not_run.items():  # one cause, one line
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            self._console.print(f"{reason}: {some}", markup=False, highlight=False, soft_wrap=True)
+            self._say(f"{reason}: {some}")
 
     def changed(self, run: RunDirectory, state: str, detail: str = "") -> None:
         self._state[run.name], self._detail[run.name] = state, detail
@@ -71,13 +81,38 @@ class LiveTable:
         if not self._live.is_started:
             took = f" in {duration(self._seconds[run.name])}" if run.name in self._seconds else ""
             where = f" on {detail}" if state == "running" else f": {detail}" if detail else ""
-            self._console.print(f"{state:8}{run.name}{took}{where}", highlight=False, markup=False, soft_wrap=True)
+            self._say(f"{state:8}{run.name}{took}{where}")
 
-    def interrupted(self) -> None:
+    def looked(self, waits_for: str | None) -> None:
+        """Off a terminal a line now and then: how far the runs are, or what they wait for."""
+        news = waits_for is not None and self._waits_for is None
+        self._waits_for = waits_for
+        if not self._live.is_started and (news or time.monotonic() - self._spoke >= QUIET_SECONDS):
+            self._say(self._so_far())
+
+    def stopping(self, jobs: int) -> None:
+        runs = f"{jobs} run{'s' * (jobs > 1)}"
+        self._say(f"stopping: {runs} may save a checkpoint first; another Ctrl-C ends them at once")
+
+    def _so_far(self) -> str:
+        counts = Counter(self._state.values())
+        parts = [f"{counts['done'] + counts['skipped']} of {len(self._state)} done"]
+        for name in [name for name, state in self._state.items() if state == "running"][:SHOWN]:
+            step, loss, *_, left = self._progress(name)
+            parts.append(f"{name} {step}" + f" loss {loss}" * bool(loss) + f", {left} left" * bool(left))
+        if counts["running"] > SHOWN:
+            parts.append(f"{counts['running'] - SHOWN} more running")
+        if self._waits_for is not None:
+            parts.append(f"waiting for {self._waits_for}")
+        return "; ".join(parts)
+
+    def interrupted(self, force: bool) -> None:
+        """`force`: whether the command would delete what it has just made."""
         for name, state in self._state.items():
             if state == "running":
                 self._state[name] = "waiting"
-        self._console.print("interrupted: every process has ended; the same command continues")
+        how = " without --force" * force
+        self._say(f"interrupted: every process has ended; the same command{how} continues")
 
     def _table(self) -> Table:
         """Running runs, then what just ended, then what comes next, as far as the terminal's height allows."""
@@ -94,6 +129,8 @@ class LiveTable:
         counts = Counter(self._state.values())
         finished = counts["done"] + counts["skipped"]
         table.caption = f"{finished} of {len(self._state)} done, {duration(time.monotonic() - self._begin)}"
+        if self._waits_for is not None:
+            table.caption += f", waiting for {self._waits_for}"
         return table
 
     def _progress(self, name: str) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final, Self
 
 from undo.config.checkout import command
@@ -46,8 +45,11 @@ def with_points(raw: Raw, overrides: Mapping[str, Any], folder: Path | None) -> 
     return {**raw, "points": chosen_points(folder)}
 
 
-class AnyPoint(SimpleNamespace):
-    """Has every attribute: the ones it was given, and itself for all others."""
+class AnyPoint(dict[str, Any]):
+    """Has every key: those it was given, and itself for all others."""
 
-    def __getattr__(self, name: str) -> Self:
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __missing__(self, key: str) -> Self:
         return self

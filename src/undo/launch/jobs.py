@@ -30,7 +30,7 @@ class Job:
 @dataclass(frozen=True)
 class DeviceShare:
     """How much of the machine a job takes: 1 / runs_per_gpu of `devices` GPUs, or `threads` cores for each device where
-    there is none."""
+    there is none. No devices: it computes nothing, and waits for none."""
 
     runs_per_gpu: int = 1
     threads: int = 1
@@ -38,9 +38,17 @@ class DeviceShare:
 
 
 class Display(Protocol):
-    """Is told of every change of a run's state."""
+    """Is told of every change of a run's state, and called many times a second. It must not raise."""
 
     def changed(self, run: RunDirectory, state: str, detail: str = "") -> None: ...
+
+    def looked(self, waits_for: str | None) -> None:
+        """Some time has passed. `waits_for`: what keeps the next run from starting, if none is running."""
+        ...
+
+    def stopping(self, jobs: int) -> None:
+        """So many processes have been asked to save a checkpoint and end."""
+        ...
 
 
 def most_urgent_first(jobs: Sequence[Job]) -> list[Job]:

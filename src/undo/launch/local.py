@@ -1,20 +1,19 @@
 """The local backend: one process for each job, over all visible GPUs, or over the cores where there is none."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Final, Self
 
 from undo.launch import nanny
-from undo.launch.devices import Slot, take_slot, visible_gpus
+from undo.launch.devices import Slot, take_slot, taken, visible_gpus
 from undo.launch.jobs import DeviceShare, Display, Job, most_urgent_first
 from undo.runs import ranks
 from undo.runs.directory import INTERRUPTED
@@ -45,6 +44,7 @@ class Worker:
             "CUDA_VISIBLE_DEVICES": "" if slot.device == "cpu" else slot.device,
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             "PYTHONUNBUFFERED": "1",
+            "PYTHONIOENCODING": "utf-8:backslashreplace",  # its output is a log: no terminal says how it is read
             "TOKENIZERS_PARALLELISM": "false" if slot.device == "cpu" else "true",
             **({"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if slot.device == "cpu" else {}),
         }
@@ -70,6 +70,10 @@ class Worker:
         assert self.process.stdin is not None
         self.process.stdin.close()
 
+    def hurry(self) -> None:
+        """End what was asked to stop, without time for a checkpoint."""
+        self.process.terminate()
+
     def close(self) -> None:
         self.ask_to_stop()
         self.process.wait()
@@ -82,13 +86,14 @@ class Worker:
 def run_jobs(jobs: Sequence[Job], display: Display) -> dict[str, str]:
     """Execute all jobs, each as soon as its parents are done and a device is free -> failed runs and the reasons.
 
-    After SIGINT or SIGTERM it raises KeyboardInterrupt once every process has ended.
+    After SIGINT or SIGTERM it raises KeyboardInterrupt once every process has ended. A second signal hurries that.
     """
     gpus = visible_gpus()
     waiting, working, failed = most_urgent_first(jobs), list[Worker](), dict[str, str]()
-    with _signals_as_interrupt():
+    with _Signals() as signals:
         try:
             while waiting or working:
+                waits_for = None
                 for worker in list(working):
                     _report(worker, failed, display)
                     if worker.process.poll() is not None:
@@ -100,22 +105,39 @@ def run_jobs(jobs: Sequence[Job], display: Display) -> dict[str, str]:
                 for job in list(waiting):
                     if job.share in full or any(not job.runs[0].sibling(parent).done for parent in job.waits_for):
                         continue
-                    if any(run.is_held() for run in job.runs):  # by another launcher: let it finish, then look again
+                    if held := next((run for run in job.runs if run.is_held()), None):  # let it finish, then look again
+                        waits_for = waits_for or f"another launcher, which runs {held.name}"
                         continue
-                    slot = take_slot(job.share, gpus)
+                    slot = take_slot(job.share, gpus, holder=str(job.runs[0].folder.absolute()))
                     if slot is None:
                         full.add(job.share)
                         continue
                     waiting.remove(job)
                     working.append(Worker.start(job, slot))
                     display.changed(job.runs[0], "running", slot.device)
+                if full and not working:
+                    waits_for = "; ".join(("a free " + ("GPU" if gpus else "core"), *taken(gpus)[:3]))
+                display.looked(None if working else waits_for)
                 time.sleep(POLL_SECONDS)
         finally:
-            for worker in working:  # all at once, then one after the other
-                worker.ask_to_stop()
-            for worker in working:
-                worker.close()
+            _stop(working, signals, display)
     return failed
+
+
+def _stop(working: Sequence[Worker], signals: "_Signals", display: Display) -> None:
+    """Return when every process of the jobs has ended. A signal that comes meanwhile hurries them."""
+    asked, signals.raises = min(signals.count, 1), False
+    for worker in working:
+        worker.ask_to_stop()
+    if working:
+        display.stopping(len(working))
+    while any(worker.process.poll() is None for worker in working):
+        if signals.count > asked:
+            for worker in working:
+                worker.hurry()
+        time.sleep(POLL_SECONDS)
+    for worker in working:
+        worker.close()
 
 
 def _report(worker: Worker, failed: dict[str, str], display: Display) -> None:
@@ -142,9 +164,11 @@ def _after_exit(worker: Worker, failed: dict[str, str], display: Display) -> lis
     if not rest:
         return []
     in_hand, *others = rest
-    if in_hand.is_held():  # another launcher was faster: wait for it
-        return [replace(worker.job, runs=tuple(rest))]
     status = worker.process.returncode
+    if status < 0:  # the nanny itself was killed, and the job dies with it
+        status = 128 - status
+    elif in_hand.is_held():  # another launcher was faster: wait for it
+        return [replace(worker.job, runs=tuple(rest))]
     reason = f"the process exited with status {status} before the run was done"
     if status == INTERRUPTED:
         reason = "the process was asked to stop, and has saved a checkpoint"
@@ -167,16 +191,23 @@ def _give_up(job: Job, failed: dict[str, str], display: Display) -> bool:
     return False
 
 
-@contextlib.contextmanager
-def _signals_as_interrupt() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does."""
+class _Signals:
+    """While this lasts, the first SIGINT or SIGTERM raises KeyboardInterrupt. Later ones are counted and raise nothing,
+    so that whoever cleans up is left to finish."""
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+    def __init__(self) -> None:
+        self.count, self.raises = 0, True
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._came) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _came(self, signum: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.raises:
+            self.raises = False
+            raise KeyboardInterrupt

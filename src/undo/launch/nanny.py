@@ -3,8 +3,9 @@
     python -S -E nanny.py COMMAND...
 
 The launcher holds the other end of standard input. When that closes (the launcher is done with the job, or is dead),
-or on SIGTERM, the job gets SIGTERM and some time to write a checkpoint; then all of its descendants are killed, also
-those that moved to a session of their own, as torchrun's ranks do. Standard library only: this starts in 20 ms.
+or on SIGTERM, the job gets SIGTERM and some time to write a checkpoint, which a further SIGTERM cuts short; then all of
+its descendants are killed, also those that moved to a session of their own, as torchrun's ranks do. A nanny that is
+killed takes the job with it. Standard library only: this starts in 20 ms.
 """
 
 import ctypes
@@ -13,30 +14,32 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 GRACE = float(os.environ.get("UNDO_GRACE_SECONDS", "30"))  # for a checkpoint, before SIGKILL
 
 
 def main(command: list[str]) -> int:
     adopt_orphans()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's business
-    stopping = False
+    stopping = hurried = False
 
     def stop(*_: object) -> None:
-        nonlocal stopping
-        stopping = True
+        nonlocal stopping, hurried
+        stopping, hurried = True, stopping
 
     signal.signal(signal.SIGTERM, stop)
-    job = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    me = os.getpid()
+    job = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=lambda: die_with_parent(me))
     while job.poll() is None and not stopping:
         readable, _, _ = select.select([sys.stdin], [], [], 0.1)
         stopping = stopping or bool(readable and not os.read(sys.stdin.fileno(), 1))
     if job.poll() is None:
         job.terminate()
         deadline = time.monotonic() + GRACE
-        while job.poll() is None and time.monotonic() < deadline:
+        while job.poll() is None and not hurried and time.monotonic() < deadline:
             time.sleep(0.05)
     kill_descendants()
     status = job.wait()
@@ -47,6 +50,28 @@ def adopt_orphans() -> None:
     """Grandchildren whose parent dies become ours (Linux's child subreaper) and can be found and killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """From now on SIGKILL for this process when the one that started it dies; `parent`: its id, if it may have died.
+
+    Linux does that itself, for the program that this process turns into, too.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if parent is not None and os.getppid() != parent:
+            os._exit(1)
+
+
+def watch_parent() -> None:
+    """The same where only a look now and then can tell, for this process alone."""
+
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
 
 
 def kill_descendants() -> None:

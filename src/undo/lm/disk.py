@@ -1,34 +1,73 @@
 """Models from and to Hugging Face folders, fresh ones from a config, and their shape without their weights."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from undo.config.mistakes import ConfigError
 from undo.lm.read import blocks
 from undo.lm.shape import Attention, CountedShape
+from undo.lm.vocabulary import copy_tokenizer
+from undo.lm.weights import require_fit, weight_files
+
+GENERATION: Final = "generation_config.json"
 
 
-def load(folder: Path) -> PreTrainedModel:
+def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
     """fp32 master weights from a Hugging Face folder (safetensors only), whatever the folder's own precision.
 
-    Without dropout, whatever the folder's config says: a gradient here is a function of the batch.
+    dtype: another precision; None: the folder's own. Without dropout, whatever the folder's config says: a gradient
+    here is a function of the batch. Raises ConfigError for weights that are not all of the model, and for NaN or
+    infinity among them.
     """
-    if not (folder / "model.safetensors").exists() and not list(folder.glob("model-*.safetensors")):
-        raise ConfigError(f"{folder}: holds no model.safetensors; only safetensors are loaded")
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=read_config(folder),
-        dtype=torch.float32,
-        attn_implementation="eager",
-        local_files_only=True,
-        use_safetensors=True,
-    ).eval()
+    weight_files(folder)
+    try:
+        with _without_its_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=read_config(folder),
+                dtype=dtype or "auto",
+                attn_implementation="eager",
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"{folder}: cannot be loaded ({str(error).strip().splitlines()[0][:200]})") from error
+    model, report = loaded
+    require_fit(folder, report)
+    require_finite(folder, model)
+    return model.eval()
+
+
+@contextmanager
+def _without_its_report() -> Iterator[None]:
+    """The library's table of weights that do not fit: we raise it."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def require_finite(what: Path | str, model: nn.Module) -> None:
+    """Raises ConfigError for NaN or infinity among the weights: such a model is broken before anything is done to it.
+
+    A sum is finite only if all its terms are, and takes no memory.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.detach().sum(dtype=torch.float32).isfinite() and not weight.detach().isfinite().all():
+            raise ConfigError(f"{what}: {name} holds NaN or infinity; the model is broken, take another checkpoint")
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -85,16 +124,36 @@ def read_shape(folder: Path) -> CountedShape:
     return shape(skeleton(folder))
 
 
-def save(model: nn.Module, tokenizer_folder: Path, folder: Path, weights: "Mapping[str, Tensor] | None" = None) -> None:
+def save(
+    model: PreTrainedModel,
+    tokenizer_folder: Path,
+    folder: Path,
+    weights: "Mapping[str, Tensor] | None" = None,
+    *,
+    like: Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """A folder that AutoModelForCausalLM and AutoTokenizer load. It appears only when it is complete.
 
-    `weights` are the model's, by name, where it does not hold them whole.
+    The tokenizer's files are copied as they are, and so is the generation config of the model folder `like`. `weights`
+    are the model's, by name, where it does not hold them whole. dtype: of the weights in the files, to which the model
+    itself may be changed; None: as they are.
     """
     import shutil
 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(tokenizer_folder, partial)
-    model.save_pretrained(partial, state_dict=weights)  # pyright: ignore[reportCallIssue]
+    copy_tokenizer(tokenizer_folder, partial)
+    dtype = dtype or model.dtype
+    if weights is None:
+        nn.Module.to(model, dtype)
+    else:
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    model.generation_config = GenerationConfig.from_model_config(model.config)  # the library refuses to write some
+    model.save_pretrained(partial, state_dict=weights)
+    model.config.dtype = dtype
+    model.config.save_pretrained(partial)
+    if like is not None and (like / GENERATION).exists():
+        shutil.copyfile(like / GENERATION, partial / GENERATION)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -31,6 +31,12 @@ class Head(NamedTuple):
     softcap: float | None
     bias: Tensor | None = None  # [vocabulary]
 
+    def first(self, tokens: int | None) -> "Head":
+        """The head of the first `tokens` of the vocabulary; itself where it has no more, or for None."""
+        if tokens is None or tokens >= len(self.weight):
+            return self
+        return Head(self.weight[:tokens], self.softcap, None if self.bias is None else self.bias[:tokens])
+
 
 def head(model: PreTrainedModel) -> Head:
     layer = cast(nn.Linear, model.get_output_embeddings())

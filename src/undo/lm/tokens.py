@@ -147,10 +147,11 @@ def check_tokens(tokens: object) -> None:
         )
 
 
-def enclosed(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
-    """<bos> ids <eos> of one document, uint32 [tokens]; without what the model's family does not have."""
-    ends = [[] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
-    return np.array([*ends[0], *ids, *ends[1]], dtype=np.uint32)
+def token_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """The ids of each text, without <bos> and <eos>. A control token that is spelled in it is text."""
+    if not texts:  # the library wants one
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
 def collate(rows: Iterable[list[np.ndarray]], length: int | None = None) -> Tokens:

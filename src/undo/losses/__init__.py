@@ -29,12 +29,19 @@ def uniform_kl(model: PreTrainedModel, tokens: Tokens) -> Tensor:
     return tokens.per_label(linear_loss(tokens.at_labels(hidden_states(model, tokens)), head(model), UniformKL()))
 
 
-def forward_kl(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens) -> Tensor:
-    """Mean of KL(teacher || student) over the labelled positions (Section 4, Unlearn-and-Distill). Scalar."""
+def forward_kl(
+    student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, vocabulary: int | None = None
+) -> Tensor:
+    """Mean of KL(teacher || student) over the labelled positions (Section 4, Unlearn-and-Distill). Scalar.
+
+    vocabulary: compare the first so many logits, each side normalised over them, where two models of one tokenizer are
+    padded to different widths; a student's padding beyond is not trained. None: their heads must be of one width.
+    """
     check_tokens(tokens)
     with torch.no_grad():
-        target = ForwardKL(tokens.at_labels(hidden_states(teacher, tokens)), head(teacher))
-    return tokens.per_label(linear_loss(tokens.at_labels(hidden_states(student, tokens)), head(student), target))
+        target = ForwardKL(tokens.at_labels(hidden_states(teacher, tokens)), head(teacher).first(vocabulary))
+    hidden = tokens.at_labels(hidden_states(student, tokens))
+    return tokens.per_label(linear_loss(hidden, head(student).first(vocabulary), target))
 
 
 def undial_kl(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, strength: float) -> Tensor:

@@ -17,6 +17,7 @@ from undo.losses.logits import Logits, add_product, grid
 from undo.losses.targets import Form, LoweredKL, Target
 
 
+@torch.no_grad()
 def most_likely(hidden: Tensor, head: Head) -> Tensor:
     """The arg-max of each token's logits; the softcap is monotone and does not matter. -> int64 [tokens]."""
     kind, size = hidden.device.type, grid(head.weight, len(hidden))

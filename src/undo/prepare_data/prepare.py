@@ -1,24 +1,21 @@
 """The prepare stage: texts by role, generated or given, become a tokenizer, token stores and validation problems."""
 
-import json
 import shutil
-import time
-import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from undo.config.files import write_atomically
 from undo.config.mistakes import ConfigError
-from undo.config.schema import ROLES, Count, Frozen, Role, RunName, Share, StageConfig
-from undo.data.problems import OPERATIONS
+from undo.config.schema import ROLES, Count, Frozen, RunName
+from undo.data.problems import OPERATIONS, write_problems
 from undo.prepare_data.arithmetic import ArithmeticWorld
-from undo.prepare_data.text import Paired, Source
-from undo.prepare_data.tokenizer import load_tokenizer, train_byte_pairs, train_words
+from undo.prepare_data.preconditions import check_texts, check_tokenizer, reach, vocabulary_of
+from undo.prepare_data.text import Texts
+from undo.prepare_data.tokenizer import fetch_tokenizer, load_tokenizer, train_byte_pairs, train_words
+from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 from undo.train.stage import Stage
 
@@ -26,9 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+    from undo.data.ends import Ends
     from undo.data.store import TokenStore
-
-TEXTS_AT_ONCE, CHARACTERS_AT_ONCE = 4096, 8_000_000
 
 
 class WordTokenizer(Frozen):
@@ -47,35 +43,21 @@ class BytePairTokenizer(Frozen):
     split_digits: bool = True  # as Gemma-2 does; False: a frequent number is one token
 
 
-class Prepare(StageConfig):
+class Prepare(Texts):
     """What to generate or read, how to tokenise it, and how long the packed rows are."""
 
     world: ArithmeticWorld | None = None
-    data: dict[Role, Source] = Field(default={})  # text, of the roles that no world generates
     tokenizer: Annotated[WordTokenizer | BytePairTokenizer, Field(discriminator="name")] | str | None = (
         None  # str: a folder or a hub id
     )
     tokenizer_from: RunName | None = None  # instead: another prepare run's
-    length: Count  # tokens in a row
-    shortest: Count = 50  # shorter documents of text are dropped (Appendix A)
-    validation_share: Share = 5e-4  # of the documents of text
-    validation_tokens: Count = 500_000  # of each role's text, at most
-    seed: int = 42  # of the split into training and validation
+    add_bos: bool | None = None  # a token before each document; None: as the tokenizer's family has it
+    add_eos: bool | None = None  # a token behind each document; None: where the tokenizer has one
 
     def check(self) -> None:
-        for role, source in self.data.items():
-            for key, place in source.places.items():
-                try:
-                    place.files()
-                except ConfigError as error:
-                    where = f"data.{role}.{key}path"
-                    if self.variant:  # for all variants, it would give one file to all of them
-                        where = f"variants.{self.variant}.{where}"
-                    raise ConfigError(
-                        f"data.{role}: {error}\n"
-                        f"give your own files with prepare.{where}=... "
-                        f"(run_prepare.py: without `prepare.`)"
-                    ) from None
+        if isinstance(self.tokenizer, str):
+            check_tokenizer(self.tokenizer)
+        check_texts(self)
 
     @model_validator(mode="after")
     def _every_role_has_one_origin(self) -> Self:
@@ -97,29 +79,47 @@ class Prepare(StageConfig):
 
 
 def prepare(cfg: Prepare, run: Run) -> None:
+    from undo.prepare_data.documents import documents
+    from undo.prepare_data.split import fingerprints, shared, split_text
+
+    cfg.check()
     check_disk(cfg, run.folder)
+    reach(cfg)
     problems = [problem for role in OPERATIONS for problem in cfg.world.validation(role)] if cfg.world else []
     if problems:
-        write_atomically(run.folder / "problems.jsonl", "".join(json.dumps(asdict(p)) + "\n" for p in problems))
+        write_problems(run.folder / "problems.jsonl", problems)
     tokenizer, vocab_size = make_tokenizer(cfg, (p.text for p in problems), run)
+    ends = document_ends(cfg, tokenizer, run)
     stores: dict[str, TokenStore] = {}
+    in_both: dict[str, int] = {}
     for role in ROLES:
         if role in cfg.data:
-            made = split_text(cfg, role, tokenizer, vocab_size, run.folder)
+            made = split_text(cfg, role, tokenizer, ends, vocab_size, run.folder)
+            for other in ROLES[: ROLES.index(role)]:
+                if other in cfg.data:
+                    in_both[f"{other}, {role}"] = shared(run.folder, other, role)
         elif cfg.world is not None and role in OPERATIONS:
             held_out = (p.text for p in problems if p.role == role and p.seen)
-            made = [
-                store(documents(texts, tokenizer, f"{part}/{role}"), run.folder / part / role, cfg.length, vocab_size)
-                for part, texts in (("train", (p.text for p in cfg.world.train(role))), ("validation", held_out))
-            ]
+            made = []
+            for part, texts in (("train", (p.text for p in cfg.world.train(role))), ("validation", held_out)):
+                found = (document.ids for document in documents(texts, tokenizer, ends, f"{part}/{role}"))
+                made.append(store(found, run.folder / part / role, cfg.length, vocab_size))
         else:
             continue
         stores |= {f"{part}/{role}": s for part, s in zip(("train", "validation"), made, strict=True)}
+    places = {f"{role}{key and '.' + key[:-1]}": p for role, s in cfg.data.items() for key, p in s.places.items()}
     run.finish(
+        sources={key: place.label for key, place in places.items()},
         vocab_size=vocab_size,
+        bos=ends.bos,
+        eos=ends.eos,
         tokens={name: store.tokens for name, store in stores.items()},
         fill={name: round(store.tokens / (len(store) * store.length), 4) for name, store in stores.items()},
+        documents={role: stores[f"train/{role}"].facts["documents"] for role in cfg.data},
+        shared=in_both,
+        problems=len(problems),
     )
+    shutil.rmtree(fingerprints(run.folder), ignore_errors=True)
 
 
 def make_tokenizer(cfg: Prepare, problems: Iterable[str], run: Run) -> "tuple[PreTrainedTokenizerBase, int]":
@@ -131,11 +131,12 @@ def make_tokenizer(cfg: Prepare, problems: Iterable[str], run: Run) -> "tuple[Pr
         configured = cfg.tokenizer.vocab_size
     if not folder.exists():
         partial = folder.with_name("tokenizer.partial")
+        shutil.rmtree(partial, ignore_errors=True)
         match cfg.tokenizer:
             case None:
-                load_tokenizer(str(run.sibling(cfg.tokenizer_from or "").folder / "tokenizer")).save_pretrained(partial)
+                shutil.copytree(run.sibling(cfg.tokenizer_from or "").folder / "tokenizer", partial)
             case str() as name:
-                load_tokenizer(name).save_pretrained(partial)
+                fetch_tokenizer(name, partial)
             case WordTokenizer():
                 train_words(chain(generated(cfg), problems), configured, partial)
             case BytePairTokenizer(characters=characters, split_digits=split_digits):
@@ -145,6 +146,19 @@ def make_tokenizer(cfg: Prepare, problems: Iterable[str], run: Run) -> "tuple[Pr
         partial.rename(folder)
     tokenizer = load_tokenizer(str(folder))
     return tokenizer, max(len(tokenizer), configured)
+
+
+def document_ends(cfg: Prepare, tokenizer: "PreTrainedTokenizerBase", run: Run) -> "Ends":
+    """What encloses each document. With another prepare run's tokenizer it is that run's, unless the config says."""
+    from undo.data.ends import Ends, family_ends, recorded_ends
+
+    ends = family_ends(tokenizer, cfg.add_bos, cfg.add_eos)
+    if cfg.tokenizer_from is not None:
+        theirs = recorded_ends(run.sibling(cfg.tokenizer_from), tokenizer)
+        ends = Ends(theirs.bos if cfg.add_bos is None else ends.bos, theirs.eos if cfg.add_eos is None else ends.eos)
+    names = ["nothing" if token is None else repr(tokenizer.decode([token])) for token in ends]
+    print("documents begin with {} and end with {}".format(*names), flush=True)
+    return ends
 
 
 def generated(cfg: Prepare) -> Iterator[str]:
@@ -160,126 +174,11 @@ def beginning(texts: Iterable[str], characters: int) -> Iterator[str]:
             return
 
 
-def split_text(
-    cfg: Prepare, role: Role, tokenizer: "PreTrainedTokenizerBase", vocab_size: int, folder: Path
-) -> "list[TokenStore]":
-    """Stores of training and validation text, split by document in one reading.
-
-    An interrupted reading continues after the last window written; earlier documents are read but not tokenised.
-    """
-    import numpy as np
-
-    from undo.data.store import WINDOW, WINDOW_TOKENS, StoreWriter, TokenStore, batched
-
-    source, (train, validation) = cfg.data[role], (folder / part / role for part in ("train", "validation"))
-    if train.exists():
-        return [TokenStore(train), TokenStore(validation)]
-    writer = StoreWriter(train, cfg.length, vocab_size, source.paired)
-    rng = np.random.default_rng([cfg.seed, ROLES.index(role)])
-    state = writer.state or {
-        "documents": 0,
-        "held_out": [],
-        "rng": rng.bit_generator.state,
-        "complete": False,
-        "last": 0,
-    }
-    rng.bit_generator.state = state["rng"]
-    held_out = [np.array(ids, dtype=np.uint32) for ids in state["held_out"]]
-    read, last = state["documents"], state["last"]  # documents, and a checksum of the last one's tokens
-
-    def training() -> "Iterator[np.ndarray]":
-        nonlocal read, last
-        room, tokens = cfg.validation_tokens - sum(map(len, held_out)), writer.tokens
-        if source.tokens is not None and tokens >= source.tokens:
-            return
-        again = min(read, 1)  # the last document that an earlier attempt read: is it still where it was?
-        texts = islice(source.texts(), read - again, None)
-        found = documents(texts, tokenizer, f"train/{role}", source.tokens, read - again, tokens)
-        if again and zlib.crc32(next(found, np.zeros(0)).tobytes()) != last:
-            raise ConfigError(
-                f"data.{role}: the text has changed since it was read in part; its document {read:,} is another one\n"
-                f"prepare it afresh with --force"
-            )
-        for ids in found:
-            read, last = read + 1, zlib.crc32(ids.tobytes())
-            if len(ids) < cfg.shortest:
-                continue
-            if rng.random() < cfg.validation_share and room > 0:
-                held_out.append(ids[:room])
-                room -= len(held_out[-1])
-                continue
-            yield ids
-            tokens += len(ids)
-            if source.tokens is not None and tokens >= source.tokens:
-                return
-
-    def reached(complete: bool) -> dict[str, Any]:
-        kept = [ids.tolist() for ids in held_out]
-        state = {"documents": read, "last": last, "held_out": kept, "complete": complete}
-        return state | {"rng": rng.bit_generator.state}
-
-    if not state["complete"]:
-        for window in batched(training(), WINDOW, WINDOW_TOKENS):
-            writer.add(window, reached(complete=False))
-        if writer.tokens == 0 or not held_out:
-            what = "training" if writer.tokens == 0 else "validation"
-            raise ConfigError(
-                f"data.{role}: no document of {cfg.shortest} tokens or more is left for {what}\n"
-                f"give more text, or another validation_share (now {cfg.validation_share:g}) or shortest"
-            )
-        writer.add([], reached(complete=True))
-    print(f"validation/{role}: {sum(map(len, held_out)):,} tokens of at most {cfg.validation_tokens:,}", flush=True)
-    # before the other appears: then both are there
-    made = store(iter(held_out), validation, cfg.length, vocab_size, source.paired)
-    return [writer.finish(), made]
-
-
-def store(
-    texts: "Iterator[np.ndarray]", folder: Path, length: int, vocab_size: int, paired: bool = False
-) -> "TokenStore":
+def store(documents: "Iterator[np.ndarray]", folder: Path, length: int, vocab_size: int) -> "TokenStore":
     """Pack documents, unless an interrupted run had already finished this store."""
     from undo.data.store import TokenStore, pack
 
-    return TokenStore(folder) if folder.exists() else pack(texts, folder, length, vocab_size, paired)
-
-
-def documents(
-    texts: Iterable[str],
-    tokenizer: "PreTrainedTokenizerBase",
-    label: str,
-    budget: int | None = None,
-    count: int = 0,
-    tokens: int = 0,
-) -> "Iterator[np.ndarray]":
-    """<bos> text <eos>, as uint32 arrays; progress is printed, and so stands in the launcher's table.
-
-    Of a pair, the tokens are marked that the other document does not have at the same place.
-    `count` documents with `tokens` tokens were read by an earlier attempt. Many texts at a time: the tokenizer then
-    works on all cores (its own threads; 1.8 times one core's speed on two).
-    """
-    import numpy as np
-
-    from undo.data.store import batched
-    from undo.lm.tokens import MARK, enclosed
-
-    begin, before = time.monotonic(), tokens
-    for some in batched(texts, TEXTS_AT_ONCE, CHARACTERS_AT_ONCE):
-        encoded = tokenizer(some, add_special_tokens=False)["input_ids"]
-        count, tokens = count + len(encoded), tokens + sum(map(len, encoded)) + 2 * len(encoded)
-        speed = (tokens - before) / max(time.monotonic() - begin, 1e-9)
-        of = "" if budget is None else f" of {budget:,} ({min(1, tokens / budget):.0%})"
-        print(f"{label}: {count:,} documents, {tokens:,}{of} tokens, {speed:,.0f} tokens/s", flush=True)
-        pairs = [text.other for text in some if isinstance(text, Paired)]
-        others: Iterator[list[int]] = iter(tokenizer(pairs, add_special_tokens=False)["input_ids"] if pairs else [])
-        for text, ids in zip(some, encoded, strict=True):
-            made = enclosed(ids, tokenizer)
-            if isinstance(text, Paired):
-                other = enclosed(next(others), tokenizer)
-                shared = min(len(made), len(other))
-                differs = np.ones(len(made), dtype=bool)
-                differs[:shared] = made[:shared] != other[:shared]
-                made[differs] |= np.uint32(MARK)
-            yield made
+    return TokenStore(folder) if folder.exists() else pack(documents, folder, length, vocab_size)
 
 
 def check_disk(cfg: Prepare, folder: Path) -> None:
@@ -299,6 +198,21 @@ def check_disk(cfg: Prepare, folder: Path) -> None:
         )
 
 
+def vocabulary(cfg: Prepare, run: RunDirectory) -> int | None:
+    """The size that is known before a model reads the data: one that is configured, or a local tokenizer's."""
+    if isinstance(cfg.tokenizer, Frozen):
+        return cfg.tokenizer.vocab_size
+    name = str(run.folder / "tokenizer") if run.done else cfg.tokenizer
+    return None if name is None else vocabulary_of(name)
+
+
 STAGE = Stage(
-    "prepare", Prepare, prepare, __name__, "Data (Appendices A and D.2.2, Table 11)", row_tokens=lambda cfg: cfg.length
+    "prepare",
+    Prepare,
+    prepare,
+    __name__,
+    "Data (Appendices A and D.2.2, Table 11)",
+    "demo length=64 --dry-run",
+    row_tokens=lambda cfg: cfg.length,
+    vocabulary=vocabulary,
 )

@@ -1,23 +1,18 @@
-"""Documents of a role: from the user's files (jsonl, json, parquet, txt) or streamed from the Hugging Face hub.
+"""Documents of a role: from the user's files (data/files.py) or streamed from the Hugging Face hub."""
 
-Everything is read in bounded memory, and every mistake in a file is named with its place. A .txt file holds one
-document a paragraph: blank lines separate them, and a paragraph of a million characters ends there.
-"""
-
-import glob
-import json
+import unicodedata
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from undo.config.mistakes import ConfigError
-from undo.config.schema import Count, Frozen, Share
+from undo.config.schema import Count, Role, Share, StageConfig
+from undo.data.files import PACKED, PLAIN, find_files, kind_of, read_texts, text_of
+from undo.data.hub import HubDataset
 from undo.prepare_data.corpora import origin
-
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".tokens")  # .tokens: WikiText's
 
 
 class Paired(str):
@@ -31,16 +26,14 @@ class Paired(str):
         return made
 
 
-class Place(Frozen):
+class Place(HubDataset):
     """Files, or a dataset of the hub, and which part of them to read."""
 
     path: str | None = None  # a file or a glob of files; where it is given, the hub is not asked
-    hub: str | None = None  # a dataset of the hub: owner/name
-    subset: str | None = None  # of the hub's dataset
-    split: str = "train"  # of the hub's dataset
     column: str | tuple[str, ...] = "text"  # several are joined by a blank line: a question and its answer
     paired_with: str | tuple[str, ...] | None = None  # column of the same prompt with a harmless answer: for RepNoise
-    share: Share = 1.0  # of the documents, drawn at random: a corpus may be sorted by source
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the documents, drawn at random: they may be sorted by source
+    normalise: Literal["NFC"] | None = None  # NFC: letters in one piece; macOS takes those of file names apart
     questions: Literal["definitions"] | None = None  # not the documents, but questions and answers made from them
 
     @model_validator(mode="after")
@@ -50,24 +43,29 @@ class Place(Frozen):
         return self
 
     @property
+    def local(self) -> str | None:
+        """The path or glob that is read; None for a dataset that comes from the hub."""
+        return self.path or self.stand_in()
+
+    @property
     def label(self) -> str:
-        return self.path or self.hub or ""
+        """What is read, as messages and run.json name it."""
+        local = self.local
+        return self.dataset if local is None else local if self.path else f"{self.dataset} (mirrored by {local})"
 
     def files(self) -> list[Path]:
-        """The files of `path`, in order. Raises ConfigError if there is none, or one that cannot be read."""
-        if self.path is None:
+        """The files that are read, in order. Raises ConfigError if there is none, or one that cannot be read."""
+        pattern = self.local
+        if pattern is None:
             return []
-        found = [Path(name) for name in sorted(glob.glob(self.path, recursive=True))]
-        if not found:
-            where = origin(self.path)
-            raise ConfigError(f"{self.path}: there is no such file" + (f"\n{where}" if where else ""))
+        try:
+            found = find_files(pattern)
+        except ConfigError as error:
+            where = origin(pattern)
+            raise ConfigError(f"{error}" + (f"\n{where}" if where else "")) from None
         for file in found:
-            if file.suffix not in SUFFIXES:
-                raise ConfigError(f"{file}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
-            if self.paired_with is not None and file.suffix in (".txt", ".tokens"):
-                raise ConfigError(f"{file}: has no columns, so no paired_with; give .jsonl, .json or .parquet")
-            if not file.is_file() or file.stat().st_size == 0:
-                raise ConfigError(f"{file}: is empty or no file")
+            if self.paired_with is not None and kind_of(file) in PLAIN:
+                raise ConfigError(f"{file}: has no columns, so no paired_with; give .jsonl, .json, .csv or .parquet")
         return found
 
     def all_texts(self) -> Iterator[str]:
@@ -79,44 +77,20 @@ class Place(Frozen):
             texts = map(Paired, texts, self._read(self.paired_with))
         found, draws = False, np.random.default_rng(42)
         for text in texts:
-            if text.strip() and draws.random() < self.share:
+            other = text.other if isinstance(text, Paired) else text
+            if text.strip() and other.strip() and draws.random() < self.share:
                 found = True
                 yield from (text,) if self.questions is None else made_questions(text)
         if not found:
             raise ConfigError(f"{self.label}: holds no text in column {self.column!r}")
 
     def _read(self, column: str | tuple[str, ...]) -> Iterator[str]:
-        if self.path is None:
-            return self._stream(column)
-        return (text for file in self.files() for text in read(file, column))
-
-    def _stream(self, column: str | tuple[str, ...]) -> Iterator[str]:
-        import datasets
-        from datasets.exceptions import DatasetNotFoundError
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-        from undo.config.secrets import find_token
-
-        assert self.hub is not None
-        try:
-            rows = datasets.load_dataset(
-                self.hub, self.subset, split=self.split, streaming=True, token=find_token("hf_token.txt", "HF_TOKEN")
-            )
-            for row in rows:
-                yield _text(row, column, self.hub)
-        except GatedRepoError:
-            raise ConfigError(
-                f"{self.hub} is gated: ask for access at https://huggingface.co/datasets/{self.hub},\n"
-                f"then put your token into tokens/hf_token.txt or HF_TOKEN"
-            ) from None
-        except (RepositoryNotFoundError, DatasetNotFoundError):
-            raise ConfigError(
-                f"{self.hub}: there is no such dataset, or a token is needed to see it\n"
-                f"put your token into tokens/hf_token.txt or HF_TOKEN"
-            ) from None
-        except (OSError, ValueError) as error:  # no network; an unknown subset or split
-            reason = str(error).strip().splitlines()[0][:200]
-            raise ConfigError(f"{self.hub}: cannot be read: {reason}\nor give your own files with path=") from None
+        if self.local is None:
+            texts = (text_of(row, column, self.dataset) for row in self.rows())
+        else:
+            texts = (text for file in self.files() for text in read_texts(file, column))
+        form = self.normalise
+        return texts if form is None else (unicodedata.normalize(form, text) for text in texts)
 
 
 class Part(Place):
@@ -166,21 +140,41 @@ class Source(Place):
     def paired(self) -> bool:
         return any(place.paired_with is not None for place in self.places.values())
 
+    @property
+    def reads_again(self) -> bool:
+        """Whether a part that is exhausted starts over: where there is a limit."""
+        return self.parts is not None and (self.documents is not None or self.tokens is not None)
+
     def bytes_of_tokens(self, width: int) -> int | None:
         """An upper estimate of the bytes to store, at `width` bytes per token; None if it is not known."""
         bounds = [None if self.tokens is None else self.tokens * width]
-        if self.path is not None:
-            sizes = [(f.stat().st_size, 1 if f.suffix == ".parquet" else 2) for f in self.files()]
-            bounds.append(round(self.share * sum(size * width // bytes_each for size, bytes_each in sizes)))
+        if self.local is not None:
+            tokens = sum(file.stat().st_size * tokens_per_byte(file) for file in self.files())
+            bounds.append(round(self.share * tokens * width))
         elif self.documents is not None:
             bounds.append(self.documents * 1000 * width)
         return min((bound for bound in bounds if bound is not None), default=None)
 
     def texts(self) -> Iterator[str]:
         """The role's documents in order, at most `documents`; the same ones each time."""
-        limited = self.documents is not None or self.tokens is not None
-        texts = self.all_texts() if self.parts is None else blend(self.parts, again=limited)
+        texts = self.all_texts() if self.parts is None else blend(self.parts, self.reads_again)
         return islice(texts, self.documents)
+
+
+class Texts(StageConfig):
+    """The text of each role, and how it is cut into rows and split into training and validation."""
+
+    data: dict[Role, Source] = Field(default={})  # of the roles that no world generates
+    length: Annotated[int, Field(ge=2)]  # tokens in a row; one alone has nothing to predict
+    shortest: Count = 50  # shorter documents are dropped (Appendix A)
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 5e-4  # of the documents
+    validation_tokens: Count = 500_000  # of each role, at most
+    seed: int = 42  # of the split
+
+
+def tokens_per_byte(file: Path) -> float:
+    """Of a file, at most, in any usual text: 1 token for 2 bytes."""
+    return 2 if file.suffix in PACKED else 1 if kind_of(file) == ".parquet" else 0.5
 
 
 def blend(parts: Mapping[str, Part], again: bool) -> Iterator[str]:
@@ -209,107 +203,3 @@ def made_questions(text: str) -> Iterator[str]:
     from undo.prepare_data.write_questions.definitions import definitions
 
     return (question.text for question in definitions(text))
-
-
-def read(file: Path, column: str | tuple[str, ...]) -> Iterator[str]:
-    """The texts of one file. Raises ConfigError that names file and line."""
-    try:
-        match file.suffix:
-            case ".parquet":
-                yield from _parquet(file, column)
-            case ".txt" | ".tokens":
-                yield from _paragraphs(file)
-            case _:
-                yield from _json(file, column)
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror or error})") from None
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    with open(file, "rb") as binary:
-        for number, line in enumerate(binary, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ConfigError(
-                    f"{file} line {number}: is not UTF-8 (byte {line[error.start]:#x})\n"
-                    f"convert it, for example with: iconv -f <its encoding> -t UTF-8"
-                ) from None
-
-
-def _paragraphs(file: Path) -> Iterator[str]:
-    paragraph: list[str] = []
-    size = 0
-    for _, line in _lines(file):
-        if line.strip():
-            paragraph.append(line)
-            size += len(line)
-        if paragraph and (not line.strip() or size >= 1_000_000):
-            yield "".join(paragraph)
-            paragraph, size = [], 0
-    if paragraph:
-        yield "".join(paragraph)
-
-
-def _json(file: Path, column: str | tuple[str, ...]) -> Iterator[str]:
-    """One object a line, or, in a .json file, one array of objects."""
-    for number, line in _lines(file):
-        if not line.strip():
-            continue
-        if file.suffix == ".json" and number == 1 and line.lstrip().startswith("["):
-            yield from _array(file, column)
-            return
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{file} line {number}: is not JSON: {error}") from None
-        yield _text(row, column, f"{file} line {number}")
-
-
-def _array(file: Path, column: str | tuple[str, ...]) -> Iterator[str]:
-    if file.stat().st_size > 2**30:
-        raise ConfigError(f"{file}: an array of more than 1 GiB would not fit the memory; write one object a line")
-    text = "".join(line for _, line in _lines(file))
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{file}: is not JSON: {error}") from None
-    for index, row in enumerate(rows):
-        yield _text(row, column, f"{file} entry {index}")
-
-
-def _columns(column: str | tuple[str, ...]) -> list[str]:
-    return [column] if isinstance(column, str) else list(column)
-
-
-def _text(row: object, column: str | tuple[str, ...], where: str) -> str:
-    if not isinstance(row, dict):
-        raise ConfigError(f"{where}: is not an object with a column {column!r}")
-    parts = []
-    for name in _columns(column):
-        if name not in row:
-            raise ConfigError(f"{where}: has no column {name!r}; it has {', '.join(sorted(map(str, row)))}")
-        if not isinstance(row[name], str):
-            raise ConfigError(f"{where}: column {name!r} holds {type(row[name]).__name__}, not text")
-        parts.append(row[name])
-    return "\n\n".join(parts)
-
-
-def _parquet(file: Path, column: str | tuple[str, ...]) -> Iterator[str]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(file)
-        names = _columns(column)
-        for name in names:
-            if name not in table.schema_arrow.names:
-                raise ConfigError(f"{file}: has no column {name!r}; it has {', '.join(table.schema_arrow.names)}")
-            kind = table.schema_arrow.field(name).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise ConfigError(f"{file}: column {name!r} holds {kind}, not text")
-        for batch in table.iter_batches(batch_size=1024, columns=names):
-            rows = zip(*(batch.column(name).to_pylist() for name in names), strict=True)
-            yield from ("\n\n".join(text or "" for text in texts) for texts in rows)
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"{file}: is not a parquet file, or is damaged: {str(error).splitlines()[0]}") from None

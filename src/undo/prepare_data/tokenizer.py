@@ -3,11 +3,13 @@
 Tokenizers made here keep Gemma-2's ids of <pad>, <eos> and <bos>, and decode exactly.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from undo.config import mirror
 from undo.config.mistakes import ConfigError
 
 if TYPE_CHECKING:
@@ -19,14 +21,14 @@ PIECE: Final = r" ?\d+| ?[A-Za-z]+| ?[^A-Za-z\d\s]"
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """A tokenizer from a folder or the hub. Raises ConfigError if it is missing, gated, or without BOS or EOS."""
+    """A tokenizer from a folder, the hub or the mirror. Raises ConfigError if it is missing or gated."""
     from huggingface_hub.errors import GatedRepoError
     from transformers import AutoTokenizer
 
     from undo.config.secrets import find_token
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, token=find_token("hf_token.txt", "HF_TOKEN"))
+        return AutoTokenizer.from_pretrained(located(name), token=find_token("hf_token.txt", "HF_TOKEN"))
     except (OSError, ValueError) as error:
         if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
             raise ConfigError(
@@ -35,11 +37,28 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
             ) from None
         raise ConfigError(
             f"tokenizer {name!r} is neither a folder with a tokenizer nor a hub id that can be reached\n"
-            f"give another one with tokenizer=<path>; a gated one needs a token in tokens/hf_token.txt"
+            f"give another one with tokenizer=<path>; a gated one needs a token in tokens/hf_token.txt; or --mirror"
         ) from None
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise ConfigError(f"tokenizer {name!r} has no token for the beginning or the end of a document")
-    return tokenizer
+
+
+def located(name: str) -> str:
+    """The folder that a name means, of the user's own or of the mirror; else the hub id that it is."""
+    return os.path.expanduser(name) if Path(name).expanduser().is_dir() else mirror.stand_in(name) or name
+
+
+def fetch_tokenizer(name: str, folder: Path) -> None:
+    """Copy a tokenizer from a folder, the mirror or the hub, byte for byte. Raises ConfigError as `load_tokenizer`."""
+    from huggingface_hub import snapshot_download
+
+    from undo.config.secrets import find_token
+    from undo.lm.vocabulary import FILES, copy_tokenizer
+
+    load_tokenizer(name)
+    source = Path(located(name))
+    if not source.is_dir():
+        token = find_token("hf_token.txt", "HF_TOKEN")
+        source = Path(snapshot_download(name, token=token, allow_patterns=[*FILES, "config.json"]))
+    copy_tokenizer(source, folder)
 
 
 def train_byte_pairs(texts: Iterable[str], vocab_size: int, folder: Path, split_digits: bool = True) -> None:

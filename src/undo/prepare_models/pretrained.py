@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from undo.config import mirror
 from undo.config.mistakes import ConfigError
 from undo.config.schema import StageConfig
 from undo.lm.shape import Shape
+from undo.lm.weights import is_adapter, weight_files
+from undo.prepare_models.adapter import merged, model_under
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 from undo.train.stage import Stage
@@ -17,11 +20,21 @@ WEIGHTS = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")  # all of a
 class Base(StageConfig):
     """The model to start from."""
 
-    model: str  # a folder, or a hub id
+    model: str  # a folder, or a hub id; a LoRA adapter is merged into its base model
+    base_model: str | None = None  # of an adapter: a folder, or a hub id; None: the folder that it names
+
+    @property
+    def place(self) -> str:
+        """The folder of the mirror that stands for the hub id, if it holds a model, or else `model` itself."""
+        folder = None if is_local(self.model) else mirror.stand_in(self.model)
+        return folder if folder is not None and (Path(folder) / "config.json").exists() else self.model
 
     def check(self) -> None:
-        if is_local(self.model):
-            read_config(Path(self.model))
+        if is_local(self.place):
+            folder = described(Path(self.place).expanduser(), self.base_model)
+            if folder is not None:
+                read_config(folder)
+                weight_files(folder)
 
 
 def is_local(model: str) -> bool:
@@ -29,13 +42,21 @@ def is_local(model: str) -> bool:
     return Path(model).is_dir() or model.startswith((".", "/", "~"))
 
 
+def described(folder: Path, base_model: str | None) -> Path | None:
+    """The folder with the config of a folder's model: itself, or an adapter's base model; None if it is on the hub."""
+    if not is_adapter(folder):
+        return folder
+    under = model_under(folder, base_model)
+    return Path(under).expanduser() if is_local(under) else None
+
+
 def shape_of_base(cfg: Base, run: RunDirectory) -> Shape | None:
     """The shape of the model that the run has fetched or would fetch."""
     fetched = run.done and run.config["model"] == cfg.model
-    return known_shape(str(run.model) if fetched else cfg.model)
+    return known_shape(str(run.model) if fetched else cfg.place, cfg.base_model)
 
 
-def known_shape(model: str) -> Shape | None:
+def known_shape(model: str, base_model: str | None = None) -> Shape | None:
     """The shape of a folder's model (ConfigError if it is not a causal LM) or of a few hub ids; None for others."""
     from undo.prepare_models.known import MODELS
 
@@ -43,19 +64,51 @@ def known_shape(model: str) -> Shape | None:
         return {f"google/{name}": shape for name, shape in MODELS.items()}.get(model)
     from undo.lm.disk import read_shape
 
-    read_config(Path(model))
-    return read_shape(Path(model).expanduser())
+    folder = described(Path(model).expanduser(), base_model)
+    if folder is None:
+        return None
+    read_config(folder)
+    return read_shape(folder)
 
 
 def fetch(cfg: Base, run: Run) -> None:
-    """Leave a link to the model's folder in the run. The weights stay where they are."""
-    folder = Path(cfg.model).expanduser().resolve() if is_local(cfg.model) else download(cfg.model)
-    facts = read_config(folder)
-    if not list(folder.glob("*.safetensors")):
-        raise ConfigError(f"{folder}: holds no .safetensors; only safetensors are loaded")
-    run.model.unlink(missing_ok=True)
-    run.model.symlink_to(folder)
-    run.finish(source=str(folder), architecture=facts["architectures"][0], vocab_size=facts["vocab_size"])
+    """Leave the model in the run, once it loads: a link to its folder, where the weights stay, or an adapter merged."""
+    from undo.lm.disk import load
+
+    folder = located(cfg.place)
+    if is_adapter(folder):
+        dtype = merge(folder, located(model_under(folder, cfg.base_model)), run)
+    else:
+        read_config(folder)
+        dtype = str(load(folder, None).dtype)  # or refused here, rather than in the stages that start from it
+        run.model.unlink(missing_ok=True)
+        run.model.symlink_to(folder)
+    facts = read_config(run.model)
+    run.finish(
+        source=str(folder),
+        architecture=facts["architectures"][0],
+        vocab_size=facts["vocab_size"],
+        dtype=dtype.removeprefix("torch."),
+    )
+
+
+def located(model: str) -> Path:
+    """The folder of a model, fetched from the hub if that is where it is."""
+    return Path(model).expanduser().resolve() if is_local(model) else download(model)
+
+
+def merge(adapter: Path, under: Path, run: Run) -> str:
+    """Leave an adapter's model in the run, in fp32, with the adapter's tokenizer if it has one -> the dtype it came in.
+
+    Rounded to the base model's dtype, small changes would be lost.
+    """
+    from undo.lm.disk import read_config as library_config
+    from undo.lm.disk import save
+    from undo.lm.vocabulary import tokenizer_files
+
+    read_config(under)
+    save(merged(adapter, under), adapter if tokenizer_files(adapter) else under, run.model, like=under)
+    return str(library_config(under).dtype or "float32")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -105,8 +158,17 @@ def download(name: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ConfigError(
-            f"model: {name} cannot be fetched: {reason}\ngive a local folder with model=./folder"
+            f"model: {name} cannot be fetched: {reason}\n{mirror.way_out()}; or give a local folder with model=./folder"
         ) from None
 
 
-STAGE = Stage("base", Base, fetch, __name__, "The pretrained model (D.2)", shape=shape_of_base)
+STAGE = Stage(
+    "base",
+    Base,
+    fetch,
+    __name__,
+    "The pretrained model (D.2)",
+    "wmdp_bio --dry-run",
+    shape=shape_of_base,
+    computes=False,
+)

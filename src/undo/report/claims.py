@@ -1,7 +1,8 @@
 """The paper's claims as checks on the runs at hand: what was measured, on how many seeds, and whether it holds.
 
 A claim is measured seed by seed. It holds if it holds on every seed, fails if it holds on none, and is mixed otherwise.
-If no run speaks to it, the verdict is "not run". Nothing here is tuned to pass: the comparisons are the paper's.
+If too little was run to tell, the verdict is "undecided"; if nothing was, "not run". Nothing here is tuned to pass: the
+comparisons are the paper's.
 """
 
 import math
@@ -13,10 +14,11 @@ from typing import Final, Literal
 
 from undo.report.paper import MMLU_LOST, PRETRAINED
 from undo.results.arms import Distilled, Matched, Oracle, Undo, Unlearned
+from undo.results.attacked import Attacked, Result
 from undo.results.frontier import pareto_front
-from undo.results.results import Attacked, Result, Results
+from undo.results.results import Results
 
-Verdict = Literal["holds", "mixed", "fails", "not run"]
+Verdict = Literal["holds", "mixed", "fails", "undecided", "not run"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Observation:
     """A claim on one seed, or on the median over all of them."""
 
     seed: int | None
-    holds: bool
+    holds: bool | None  # None: what there is decides nothing
     measured: str
 
 
@@ -44,14 +46,19 @@ class Checked:
 
     @property
     def verdict(self) -> Verdict:
-        held = sum(o.holds for o in self.observations)
         if not self.observations:
             return "not run"
-        return "holds" if held == len(self.observations) else "mixed" if held else "fails"
+        if not self._told:
+            return "undecided"
+        return "holds" if all(self._told) else "mixed" if any(self._told) else "fails"
 
     @property
     def seeds(self) -> str:
-        return f"{sum(o.holds for o in self.observations)} of {len(self.observations)}" if self.observations else "-"
+        return f"{sum(self._told)} of {len(self._told)}" if self._told else "-"
+
+    @property
+    def _told(self) -> list[bool]:
+        return [o.holds for o in self.observations if o.holds is not None]
 
     @property
     def measured(self) -> str:
@@ -205,7 +212,12 @@ def undo_is_on_the_front(strength: Literal["moderate", "whole"]) -> Callable[[Re
         step = steps[1 if strength == "moderate" else 2]
         medians = results.medians(step)
         ours = [label for label, members in results.compared.items() if isinstance(members[0].arm, Undo)]
-        if not ours or len(ours) == len(medians):
+        if not ours:
+            return
+        if len(medians) < 3:  # of two points that differ, both are mostly on it
+            yield Observation(None, None, f"too few points: {', '.join(medians)}")
+            return
+        if len(ours) == len(medians):
             return
         front = pareto_front(medians, results.directions)
         on_it = [label for label in ours if label in front]
@@ -216,9 +228,14 @@ def undo_is_on_the_front(strength: Literal["moderate", "whole"]) -> Callable[[Re
     return observe
 
 
+def _pretrained(results: Results) -> bool:
+    """Whether the models start from one that somebody else trained, or stand for such (Section 6)."""
+    return bool(results.of("base")) or results.shown.paper in PRETRAINED
+
+
 def undo_outlasts_its_teacher(results: Results) -> Iterable[Observation]:
     """Worst case over adversaries at the end of the attack, on a pretrained model."""
-    for student in results.attacked_as(Undo) if results.shown.paper in PRETRAINED else ():
+    for student in results.attacked_as(Undo) if _pretrained(results) else ():
         teacher = results.teacher_of(student)
         if teacher is None or student.label not in results.compared:
             continue
@@ -230,18 +247,19 @@ def undo_outlasts_its_teacher(results: Results) -> Iterable[Observation]:
 def undo_costs_retain_performance(results: Results) -> Iterable[Observation]:
     """Against the model before anything was unlearned: mean over methods and seeds."""
     runs = [run for run in results.of("undo") if isinstance(run.arm, Undo) and results.is_shown(run.arm)]
-    if results.shown.paper not in PRETRAINED or not runs:
+    if not _pretrained(results) or not runs or "retain" not in results.start:
         return
     sign = 1 if runs[0].higher_is_better else -1
     lost = mean(sign * (results.start["retain"] - r.facts["evaluation"]["retain"]) for r in runs)
-    printed = f" (the paper: {MMLU_LOST:.4f} of MMLU)" if runs[0].higher_is_better else ""
+    same = runs[0].higher_is_better and results.shown.paper in PRETRAINED
+    printed = f" (the paper: {MMLU_LOST:.4f} of MMLU)" if same else ""
     yield Observation(None, lost > 0, f"{lost:.4f} on average{printed}")
 
 
 def retained_after_noise_falls_with_alpha(results: Results) -> Iterable[Observation]:
     """Table 13: students of one teacher over alpha, after the same steps."""
     by_seed: dict[int, dict[float, Result]] = {}
-    for run in results.series if results.shown.paper in PRETRAINED else ():
+    for run in results.series if _pretrained(results) else ():
         if isinstance(run.arm, Undo):
             by_seed.setdefault(run.seed, {})[run.arm.alpha] = run
     for seed, runs in by_seed.items():
@@ -280,7 +298,13 @@ CLAIMS: Final[tuple[Claim, ...]] = (
         undo_is_on_the_front("moderate"),
     ),
     Claim("6, Fig. 7", "After the whole attack, too.", undo_is_on_the_front("whole")),
-    Claim("6, Fig. 8", "On WMDP, UNDO makes MaxEnt and RMU relearn less.", undo_outlasts_its_teacher),
-    Claim("6", "There, UNDO costs some retain performance.", undo_costs_retain_performance),
-    Claim("D.2.7, Tab. 13", "There, what is retained falls with alpha.", retained_after_noise_falls_with_alpha),
+    Claim(
+        "6, Fig. 8", "On a pretrained model, UNDO makes what it starts from relearn less.", undo_outlasts_its_teacher
+    ),
+    Claim("6", "On a pretrained model, UNDO costs some retain performance.", undo_costs_retain_performance),
+    Claim(
+        "D.2.7, Tab. 13",
+        "On a pretrained model, what is retained falls with alpha.",
+        retained_after_noise_falls_with_alpha,
+    ),
 )

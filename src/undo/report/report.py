@@ -9,16 +9,21 @@ from typing import Any
 
 from undo.config.units import si
 from undo.report.claims import HEADER, Checked, as_rows
+from undo.report.subject import subject
 from undo.report.tables import after_noise, beaten, choices, compute, points, unlearning_sweep
-from undo.results.results import Result, Results
+from undo.results.attacked import Result
+from undo.results.results import Results
 from undo.results.seeds import median
-from undo.results.text import as_text, markdown
+from undo.results.text import as_text, escaped, markdown
 
 
 def report(results: Results, checked: Sequence[Checked], figures: Iterable[Path], missing: Iterable[str]) -> str:
     """Markdown, to lie beside the folder that holds `figures`."""
     rows, attack = results.table(), ", ".join(c for c in results.columns if c.startswith("forget_"))
-    parts = [f"# {results.setting}\n\n{origin(results.runs)}\n", "## Models\n"]
+    parts = [f"# {escaped(results.setting)}\n\n{origin(results.runs)}\n"]
+    if about := subject(results):
+        parts += ["## Model and data\n", about]
+    parts += ["## Models\n"]
     parts.append(markdown(results.columns, as_text(rows)))
     if len({row["seed"] for row in rows}) > 1:
         parts.append(over_seeds(rows, results.columns))
@@ -27,12 +32,13 @@ def report(results: Results, checked: Sequence[Checked], figures: Iterable[Path]
         "relearning steps, and at the end. robustness: (P - P_unlearned) / (P_oracle - P_unlearned), P = forget_last."
         "\nsteps and flops are those of the run that made the model.\n"
     )
+    parts += [escaped(line) + "\n" for line in without_robustness(results)]
     parts += ["## The paper's claims on these runs\n", markdown(HEADER, as_rows(checked))]
     if found := beaten(results):
         parts += ["## Who beats UNDO (Figures 7 and 11)\n", found]
     parts.append("## Figures\n")
     parts += [f"![{path.stem}]({path.parent.name}/{path.name})\n" for path in figures]
-    parts += [f"- {line}\n" for line in missing]
+    parts += [f"- {escaped(line)}\n" for line in missing]
     if sweep := unlearning_sweep(results):
         parts += ["## Unlearning, before and after (Appendix B.1)\n", sweep]
     if chosen := points(results):
@@ -58,6 +64,15 @@ def origin(runs: Sequence[Result]) -> str:
         f"{len(runs)} runs, finished {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, on {'; '.join(devices)}.\n"
         f"{', '.join(versions)}. Code: {', '.join(revisions)}."
     )
+
+
+def without_robustness(results: Results) -> list[str]:
+    """One line for each reason why a robustness is not there, with the models that lack it."""
+    reasons: dict[str, list[str]] = {}
+    for attacked in results.attacked:
+        if (reason := results.why_no_robustness(attacked)) is not None:
+            reasons.setdefault(reason, []).append(attacked.label)
+    return [f"No robustness: {', '.join(dict.fromkeys(labels))}: {reason}." for reason, labels in reasons.items()]
 
 
 def over_seeds(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:

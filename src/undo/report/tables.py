@@ -13,8 +13,9 @@ from undo.report.paper import (
     Sweep,
 )
 from undo.results.arms import Reference, Undo
+from undo.results.attacked import Result
 from undo.results.frontier import beats
-from undo.results.results import Result, Results
+from undo.results.results import Results
 from undo.results.seeds import median
 from undo.results.selection import RANKS
 from undo.results.text import markdown
@@ -64,10 +65,9 @@ def points(results: Results) -> str | None:
     rows = []
     for ranked in _by_method(groups):
         for rank, runs in ranked:
-            method, rate = runs[0].config["method"], runs[0].config["training"]["learning_rate"]
-            values = method.get("base") or method
+            method, rate, alpha = runs[0].config["method"], runs[0].config["training"]["learning_rate"], _alpha(runs[0])
             printed = theirs.get(method["name"], {}).get(rank)
-            ours = f"α = {values['alpha']:g}, {rate:g}"
+            ours = f"{rate:g}" if alpha is None else f"α = {alpha:g}, {rate:g}"
             performance = [f"{median(r.facts['evaluation'][role] for r in runs):.3f}" for role in ("retain", "forget")]
             paper = f"α = {printed[0]:g}, {printed[1]:g}" if printed else "-"
             rows.append((method["name"], rank, ours, paper, *performance))
@@ -98,6 +98,7 @@ def _by_method(groups: Mapping[str, Sequence[Result]]) -> list[list[tuple[str, S
 
 
 def _alpha(run: Result) -> float | None:
+    """The weight of the retain loss; None for a method that has none."""
     method = run.config["method"]
     return (method.get("base") or method).get("alpha")
 
@@ -163,7 +164,8 @@ def after_noise(results: Results) -> str | None:
         for run in results.series
         if run.seed == first and isinstance(run.arm, Undo)
     }
-    found[0.0] = results.start["retain"]
+    if "retain" in results.start:
+        found[0.0] = results.start["retain"]
     paper = {alpha: f"{MMLU_AFTER_NOISE[alpha]:.2f}" if alpha in MMLU_AFTER_NOISE else "-" for alpha in found}
     rows = [("before" if alpha == 0 else f"{alpha:g}", paper[alpha], f"{found[alpha]:.3f}") for alpha in sorted(found)]
     return markdown(("alpha", "paper: MMLU of Gemma-2-2B", f"ours: retain {results.series[0].unit}"), rows)

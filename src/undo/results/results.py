@@ -1,131 +1,33 @@
-"""Runs -> one table. The worst case over adversaries, and robustness, are defined here and nowhere else."""
+"""Runs -> one table. Robustness is defined here and nowhere else."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite, nan
+from math import nan
 from pathlib import Path
-from statistics import fmean
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Raw
-from undo.evaluate import Evaluation
-from undo.evaluate.evaluator import EvaluationConfig
 from undo.results.arms import Arm, Oracle, Reference, Undo, Unlearned, arm_of, method_of
+from undo.results.attacked import Attacked, Result
+from undo.results.labels import distinct
 from undo.results.seeds import median
-from undo.results.shown import Look, Shown
+from undo.results.shown import SPARE, Look, Shown
 from undo.runs.directory import RunDirectory
 
 SHOWN: Final = (20, 70)  # relearning steps that the table shows beside the last
-UNKNOWN: Final = Look("", "o", "#777777", "#444444")
-KINDS: Final[dict[str, type[EvaluationConfig]]] = {
-    kind.model_fields["name"].default: kind for kind in get_args(get_args(Evaluation)[0])
-}
-Curve = dict[int, float]  # relearning step -> forget performance
+UNKNOWN: Final = Look("", "h", *SPARE[-1])
 
 
-@dataclass(frozen=True)
-class Result:
-    """A finished run, read once."""
-
-    directory: RunDirectory
-    config: Raw
-    facts: dict[str, Any]
-    arm: Arm | None = None  # what the model is that it made
-
-    @property
-    def name(self) -> str:
-        return self.directory.name
-
-    @property
-    def label(self) -> str:
-        """The row of the table that it belongs to: text for people."""
-        return self.config["variant"]
-
-    @property
-    def seed(self) -> int:
-        return self.config.get("seed", 0)
-
-    @cached_property
-    def evaluations(self) -> dict[int, dict[str, float]]:
-        return self.directory.evaluations()
-
-    def curve(self, role: str) -> Curve:
-        return {step: metrics[role] for step, metrics in self.evaluations.items()}
-
-    def final(self, role: str) -> float | None:
-        """Performance of the model it made; None where none was measured, as for a model that was only fetched."""
-        return self.facts.get("evaluation", {}).get(role)
-
-    @property
-    def evaluation(self) -> type[EvaluationConfig]:
-        """The kind of evaluation that made its curves."""
-        return KINDS[self.config["evaluation"]["name"]]
-
-    @property
-    def higher_is_better(self) -> bool:
-        return self.evaluation.higher_is_better
-
-    @property
-    def unit(self) -> str:
-        return self.evaluation.unit
-
-
-def worst_case(curves: Sequence[Curve], higher_is_better: bool) -> Curve:
-    """At each step the best forget performance over several adversaries.
-
-    A diverged one counts up to its end, and not where its performance is not finite. No step where none counts.
-    """
-    best = max if higher_is_better else min
-    return {step: best(values) for step, values in _by_step(curves).items()}
-
-
-def _by_step(curves: Sequence[Curve]) -> dict[int, list[float]]:
-    """The finite performances at each step at which there is one."""
-    found = {step: [c[step] for c in curves if isfinite(c.get(step, nan))] for step in sorted(set().union(*curves))}
-    return {step: values for step, values in found.items() if values}
-
-
-@dataclass(frozen=True)
-class Attacked:
-    """A model with all its adversaries: one row of the table.
-
-    What is better, and in which unit, is said by the evaluation that made the adversaries' curves. The model may have
-    been evaluated otherwise.
-    """
-
-    label: str
-    model: Result
-    adversaries: tuple[Result, ...]
-
-    @property
-    def arm(self) -> Arm | None:
-        return self.model.arm
-
-    @property
-    def higher_is_better(self) -> bool:
-        return self.adversaries[0].higher_is_better
-
-    @property
-    def unit(self) -> str:
-        return self.adversaries[0].unit
-
-    @cached_property
-    def worst_case(self) -> Curve:
-        """Over all adversaries."""
-        return worst_case([adversary.curve("forget") for adversary in self.adversaries], self.higher_is_better)
-
-    @cached_property
-    def average(self) -> Curve:
-        """At each step the mean forget performance over the adversaries that got so far."""
-        curves = [adversary.curve("forget") for adversary in self.adversaries]
-        return {step: fmean(values) for step, values in _by_step(curves).items()}
-
-    @property
-    def last(self) -> float:
-        """NaN where no adversary ever had a finite performance."""
-        return self.worst_case[max(self.worst_case)] if self.worst_case else nan
+@contextmanager
+def _noted(unread: list[str]) -> Iterator[None]:
+    """A damaged run is a line, and stops nothing."""
+    try:
+        yield
+    except ConfigError as error:
+        unread.append(str(error).splitlines()[0])
 
 
 @dataclass(frozen=True)
@@ -137,6 +39,7 @@ class Results:
     stages: tuple[str, ...]  # in the order of the pipeline
     shown: Shown = field(default_factory=Shown)
     looks: Mapping[str, Look] = field(default_factory=dict)  # of unlearning methods, by name
+    unread: tuple[str, ...] = ()  # runs that are left out because they are damaged: one line for each
 
     @classmethod
     def read(
@@ -153,9 +56,17 @@ class Results:
             for stage in stages
             for path in sorted((runs / setting / stage).glob("*/run.json"))
         ]
-        configs = {directory.name: directory.config for directory in directories}
-        found = (Result(d, configs[d.name], d.facts, arm_of(d.name, configs.get)) for d in directories)
-        return cls(setting, tuple(found), tuple(stages), shown or Shown(), looks or {})
+        configs, found, unread = dict[str, Raw](), list[Result](), list[str]()
+        for directory in directories:
+            with _noted(unread):
+                configs[directory.name] = directory.config
+        for directory in directories:
+            if (config := configs.get(directory.name)) is not None:
+                with _noted(unread):
+                    result = Result(directory, config, directory.facts, arm_of(directory.name, configs.get))
+                    _ = result.evaluations  # read now: what is damaged is left out of everything
+                    found.append(result)
+        return cls(setting, tuple(found), tuple(stages), shown or Shown(), looks or {}, tuple(unread))
 
     def of(self, stage: str) -> list[Result]:
         return [run for run in self.runs if run.name.startswith(f"{stage}/")]
@@ -198,8 +109,11 @@ class Results:
                     f"attacks of different kinds cannot be compared: move one kind to another --runs folder"
                 )
             groups.setdefault(run.config["model"], []).append(run)
-        models = [(run, groups[run.name]) for run in self.runs if run.name in groups]
-        return tuple(Attacked(group[0].label, model, tuple(group)) for model, group in models)
+        found = [(run, groups[run.name]) for run in self.runs if run.name in groups]
+        labels = distinct(
+            [group[0].config.get("variant") or model.label for model, group in found], [m for m, _ in found]
+        )
+        return tuple(Attacked(label, model, tuple(group)) for label, (model, group) in zip(labels, found, strict=True))
 
     @cached_property
     def _attacked_by_name(self) -> dict[str, Attacked]:
@@ -227,18 +141,27 @@ class Results:
     def robustness(self, attacked: Attacked) -> float | None:
         """(P - P_unlearned) / (P_oracle - P_unlearned) after the last relearning step (Figure 5).
 
-        Unlearned is as in `unlearned_of`; None where it or the oracle of the seed has not been attacked, or where the
-        two are equal.
+        Unlearned is as in `unlearned_of`; None for the reason in `why_no_robustness`.
         """
-        unlearned = self.unlearned_of(attacked)
-        oracle = self.oracle_of(attacked)
-        if isinstance(attacked.arm, Reference) or oracle is None:
+        unlearned, oracle = self.unlearned_of(attacked), self.oracle_of(attacked)
+        if self.why_no_robustness(attacked) is not None or oracle is None:
             return None
-        if attacked is oracle:
+        if attacked is oracle or unlearned is None:
             return 1.0
-        if unlearned is None or unlearned.last == oracle.last:
-            return None
         return (attacked.last - unlearned.last) / (oracle.last - unlearned.last) + 0.0  # never -0.0
+
+    def why_no_robustness(self, attacked: Attacked) -> str | None:
+        """What a model's robustness lacks; None where it has one."""
+        unlearned, oracle = self.unlearned_of(attacked), self.oracle_of(attacked)
+        if isinstance(attacked.arm, Reference):
+            return "nothing was unlearned in it here"
+        if oracle is None:
+            return "no oracle of its seed (a model that never saw the forget data) has been attacked"
+        if attacked is oracle:
+            return None
+        if unlearned is None:
+            return "the unlearned model that it started from has not been attacked"
+        return "the oracle relearns as fast as the unlearned model" if unlearned.last == oracle.last else None
 
     def teacher_of(self, attacked: Attacked) -> Attacked | None:
         """The model it was distilled from, if that has been attacked too."""
@@ -295,9 +218,17 @@ class Results:
         return next((run.arm.within for run in self.series if isinstance(run.arm, Undo)), None)
 
     def is_shown(self, arm: Undo) -> bool:
-        """Whether an UNDO model stands in Figures 7 and 11."""
+        """Whether an UNDO model stands in Figures 7 and 11: at their point, or of a method that has none there."""
+        return self._is_at_the_point(arm) or method_of(arm) not in self._methods_at_the_point
+
+    def _is_at_the_point(self, arm: Undo) -> bool:
         point = self.shown.figure_7
         return point is None or (point.alpha, point.beta) == (arm.alpha, arm.beta)
+
+    @cached_property
+    def _methods_at_the_point(self) -> frozenset[str | None]:
+        arms = (run.arm for run in self.of("undo"))
+        return frozenset(method_of(arm) for arm in arms if isinstance(arm, Undo) and self._is_at_the_point(arm))
 
     # --- comparisons ------------------------------------------------------------------------------------------------
 
@@ -372,8 +303,8 @@ class Results:
                 {
                     "model": attacked.label,
                     "seed": model.seed,
-                    "retain": model.final("retain"),
-                    "forget": model.final("forget"),
+                    "retain": attacked.before("retain"),
+                    "forget": attacked.before("forget"),
                     **{f"forget_{step}": curve.get(step) for step in self.shown_steps},
                     "forget_last": attacked.last,
                     "robustness": self.robustness(attacked),

@@ -1,6 +1,6 @@
 """What a setting's figures and tables compare, as its own figures.yaml says, and how methods are drawn in them."""
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from undo.config.schema import Frozen, NonNegative, Share
 
@@ -12,6 +12,10 @@ class Look(NamedTuple):
     mark: str  # of its points: a matplotlib marker
     color: str  # of its models
     student_color: str  # of models distilled from them
+
+
+# Colours of methods that name none, in turn, and of models distilled from theirs.
+SPARE: Final = (("#E3186B", "#F3A0C2"), ("#8A5A00", "#D2B070"), ("#00B5BD", "#9BE5E7"))
 
 
 class Alphas(Frozen):

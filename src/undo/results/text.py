@@ -34,5 +34,12 @@ def as_text(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
+    lines = [list(map(escaped, header)), ["---"] * len(header), *(map(escaped, row) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def escaped(text: str) -> str:
+    """Text of anybody's making as Markdown that shows it: no cell, tag, link or line ends or begins in it."""
+    for mark, shown in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("](", "\\]("), ("\n", " ")):
+        text = text.replace(mark, shown)
+    return text

@@ -14,18 +14,22 @@ runs/<setting>/<stage>/<name>/
 
 import fcntl
 import json
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
 from pydantic import ValidationError
 
-from undo.config.files import dump_yaml, load_yaml, numbers, write_atomically
+from undo.config.files import digest, dump_yaml, load_yaml, numbers, open_lock, sync, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Raw, StageConfig, as_raw, differences
+from undo.runs import checksums
 
+AFRESH: Final = "make the run afresh with --force"
+LINKED: Final = ("model", "wandb")  # a fetched model is a link, and the tracker makes some to its last run
 INTERRUPTED: Final = 75  # exit status of a worker that stopped at a checkpoint (EX_TEMPFAIL)
 
 
@@ -65,10 +69,26 @@ class RunDirectory:
 
     @property
     def facts(self) -> dict[str, Any]:
-        facts = json.loads((self.folder / "run.json").read_text())
+        """What run.json says. Raises ConfigError for a missing or damaged file."""
+        path = self.folder / "run.json"
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); {AFRESH}") from None
+        except ValueError as error:
+            raise ConfigError(f"{path}: is damaged ({error}); {AFRESH}") from None
+        if not isinstance(facts, dict) or not facts:
+            raise ConfigError(f"{path}: is damaged: it holds no facts; {AFRESH}")
         if isinstance(found := facts.get("evaluation"), dict):
             facts["evaluation"] = numbers(found)
         return facts
+
+    def fact(self, name: str) -> Any:
+        """One of `facts` that every run has. Raises ConfigError as they do, and where it is missing."""
+        facts = self.facts
+        if name not in facts:
+            raise ConfigError(f"{self.folder / 'run.json'}: is damaged: it has no {name!r}; {AFRESH}")
+        return facts[name]
 
     @property
     def failure(self) -> str | None:
@@ -105,23 +125,49 @@ class RunDirectory:
     def model(self) -> Path:
         return self.folder / "model"
 
+    def check_model(self) -> None:
+        """Raises ConfigError if a file of the model is not what the run left. A run from before checksums has none."""
+        for name, checksum in self._checksums.items():
+            path = self.folder / name
+            if path.parent == self.model and not (path.is_file() and checksums.of_file(path) == checksum):
+                raise ConfigError(f"{path}: is gone, or is not what {self.name} left there; {AFRESH}")
+
+    @property
+    def _checksums(self) -> dict[str, str]:
+        """Of files of the run, by their path in it; none for a run that is not done, or is older than they are."""
+        return self.facts.get("checksums", {}) if self.done else {}
+
     @property
     def log(self) -> Path:
         return self.folder / "log.txt"
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """All complete lines of metrics.jsonl. A line that is still being written is left out."""
+        """All complete lines of metrics.jsonl. A line that is still being written is left out.
+
+        Raises ConfigError with the number of a line that is damaged.
+        """
         return self._lines()
 
     def _lines(self, keys: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
         """Records that hold one of the quoted `keys`; all for none. The others are not parsed: most lines are steps."""
+        path = self.folder / "metrics.jsonl"
         try:
-            text = (self.folder / "metrics.jsonl").read_text()
-        except OSError:
+            content = path.read_bytes()
+        except FileNotFoundError:
             return
-        for line in text.splitlines(keepends=True):
-            if line.endswith("\n") and (not keys or any(key in line for key in keys)):
-                yield numbers(json.loads(line))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
+        for number, line in enumerate(content.decode(errors="replace").split("\n")[:-1], 1):
+            wanted, record = not keys or any(key in line for key in keys), None
+            if wanted:
+                with suppress(ValueError):
+                    record = json.loads(line)
+            if not (isinstance(record, dict) and "step" in record if wanted else line[:1] + line[-1:] == "{}"):
+                raise ConfigError(f"{path} line {number}: is damaged; {AFRESH}")
+            if record is not None:
+                yield numbers(record)
+        if self._checksums.get(path.name) not in (None, checksums.of_bytes(content)):
+            raise ConfigError(f"{path}: is not what the run recorded; {AFRESH}")
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         """Step -> metrics of the evaluation at that step."""
@@ -130,16 +176,19 @@ class RunDirectory:
     def claim(self, config: StageConfig) -> None:
         """Take the folder for this config, or find that it has it already. Raises ConfigError if it has another."""
         wanted = as_raw(config)
-        if (self.folder / "config.yaml").exists():
-            changed = differences(without_execution(_completed(self.config, config)), without_execution(wanted))
-            if changed:
-                more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-                raise ConfigError(
-                    f"{self.folder} exists with another config: {changed[0]}{more}\n"
-                    f"give the run another name, or start it afresh with --force"
-                )
-            if self.done:
+        there = (self.folder / "config.yaml").exists()
+        old = self.config if there else wanted
+        if changed := differences(without_execution(_completed(old, config)), without_execution(wanted)):
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise ConfigError(
+                f"{self.folder} exists with another config: {changed[0]}{more}\n"
+                f"give the run another name, or start it afresh with --force"
+            )
+        if self.done:
+            self._require_identity(old)
+            if there:
                 return
+        self._refuse_links()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.folder / "config.yaml", dump_yaml(wanted))
@@ -148,13 +197,32 @@ class RunDirectory:
                 f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs"
             ) from None
 
+    def _refuse_links(self) -> None:
+        """Raises ConfigError for a symbolic link where a run writes: what it leads to is not the run's to change."""
+        for folder, folders, files in os.walk(self.folder):
+            if Path(folder) == self.folder:
+                folders[:] = [name for name in folders if name not in LINKED]
+            if found := [name for name in (*folders, *files) if (Path(folder) / name).is_symlink()]:
+                raise ConfigError(
+                    f"{Path(folder) / found[0]}: is a symbolic link, and a run writes into its own folder only\n"
+                    f"delete the link"
+                )
+
+    def _require_identity(self, made_with: Raw) -> None:
+        """Raises ConfigError if run.json says that this done run was made with another config."""
+        if identity_of(made_with, self.fact("parents")) != self.fact("identity"):
+            raise ConfigError(
+                f"{self.folder / 'config.yaml'}: is gone or was changed, and run.json says that the run was made with "
+                f"another config\nput the file back, or start the run afresh with --force"
+            )
+
     def identity(self) -> str:
         """A hash of the config and of all ancestors' identities."""
-        return self.facts["identity"] if self.done else ""
+        return self.fact("identity") if self.done else ""
 
     def is_stale(self, config: StageConfig) -> str | None:
         """A parent that was made again with other settings after this run was done, if there is one."""
-        recorded = self.facts["parents"]
+        recorded = self.fact("parents")
         for parent in config.parents():
             if recorded.get(parent) != self.sibling(parent).identity():
                 return parent
@@ -179,18 +247,46 @@ class RunDirectory:
             return not free
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete the run. What marks it as done goes first and for good, so that half a run is never taken for one.
+
+        Of a folder that is a symbolic link only the link goes. Raises ConfigError for what cannot be deleted.
+        """
+        try:
+            if self.folder.is_symlink():
+                self.folder.unlink()
+            elif self.folder.exists():
+                mark = self.folder / "run.json"
+                shutil.rmtree(mark) if mark.is_dir() and not mark.is_symlink() else mark.unlink(missing_ok=True)
+                sync(self.folder)
+                shutil.rmtree(self.folder)
+        except OSError as error:
+            raise ConfigError(
+                f"{error.filename or self.folder}: cannot be deleted ({error.strerror or error})\n"
+                f"delete {self.folder} yourself, or choose another place with --runs"
+            ) from None
 
     @contextmanager
     def lock(self, wait: bool) -> Iterator[bool]:
         """Hold the run exclusively. Yields False at once if another process holds it and `wait` is not set."""
-        with open(self.folder / ".lock", "w") as file:
+        try:
+            file = open_lock(self.folder / ".lock")
+        except OSError as error:
+            raise self._unlockable(error) from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 yield False
                 return
+            except OSError as error:  # as NFS says where no lock server runs
+                raise self._unlockable(error) from None
             yield True
+
+    def _unlockable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"{self.folder / '.lock'}: cannot be locked ({error.strerror or error})\n"
+            f"choose a place with --runs that keeps locks, such as a local disk"
+        )
 
 
 def _completed(old: Raw, config: StageConfig) -> Raw:
@@ -199,6 +295,11 @@ def _completed(old: Raw, config: StageConfig) -> Raw:
         return as_raw(type(config).model_validate_json(json.dumps(old)))
     except ValidationError:
         return old
+
+
+def identity_of(config: Raw, parents: Mapping[str, str]) -> str:
+    """A hash of what a run computes: its config without `execution`, and the identities of its parents by name."""
+    return digest([without_execution(config), dict(parents)])
 
 
 def without_execution(raw: Raw) -> Raw:

@@ -9,19 +9,20 @@ from importlib.metadata import version
 from typing import Any
 
 from undo.config.checkout import CHECKOUT
-from undo.runs import ranks
+from undo.runs import precision, ranks
 
 
 def environment() -> dict[str, Any]:
     """Where and with what a run was executed. Peak memory is that of the process, including earlier runs in it;
     with several devices it is the leader's."""
-    device, peak = platform.processor() or platform.machine(), None
+    device, peak = precision.cpu()["name"], None
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "device": device,
+        "cpu": precision.cpu(),  # rounding, and so every number after it, depends on its instruction sets
         "devices": ranks.count(),
         "threads": torch.get_num_threads() if torch is not None else 1,
         "peak_rss_bytes": rss,

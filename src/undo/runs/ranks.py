@@ -9,6 +9,8 @@ import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from undo.config.mistakes import ConfigError
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
@@ -39,14 +41,22 @@ def leads() -> bool:
 
 
 def this_process() -> "PartialState":
-    """The device of this process, and its place among the run's. Without CUDA it is the CPU, also on a Mac."""
+    """The device of this process, and its place among the run's. Without CUDA it is the CPU, also on a Mac.
+
+    Raises ConfigError if a GPU was named, and none is there: a run must not compute on what it was not given.
+    """
     import torch
     from accelerate import PartialState
 
+    card, named = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not card and named not in ("", "-1", "NoDevFiles"):
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES={named}: torch sees no such GPU\n"
+            f"name one that is there, install torch for it, or compute on the CPU with CUDA_VISIBLE_DEVICES="
+        )
     if count() == 1:
-        return PartialState(cpu=not torch.cuda.is_available())
-    backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
-    return PartialState(cpu=not torch.cuda.is_available(), backend=backend, timeout=PATIENCE)
+        return PartialState(cpu=not card)
+    return PartialState(cpu=not card, backend="cuda:nccl,cpu:gloo" if card else "gloo", timeout=PATIENCE)
 
 
 def of_the_leader(value: Value) -> Value:

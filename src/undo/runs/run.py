@@ -12,9 +12,13 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
-from undo.config.files import as_json, digest, sync, write_atomically
+import xxhash
+
+from undo.config.files import as_json, sync, write_atomically
+from undo.config.mistakes import ConfigError
 from undo.config.schema import StageConfig, as_raw
-from undo.runs.directory import Interrupted, RunDirectory, without_execution
+from undo.runs import checksums
+from undo.runs.directory import Interrupted, RunDirectory, identity_of
 from undo.runs.environment import environment
 from undo.runs.tracking import open_tracker
 
@@ -29,6 +33,7 @@ class Run(RunDirectory):
     _stop_requested = False  # by a signal, for every run of the process
     _saving = False  # whether a loop is at work that looks at _stop_requested
     _metrics: IO[bytes]
+    _recorded: xxhash.xxh3_128  # of the lines of metrics.jsonl
     _started: float
 
     def open(self, config: StageConfig) -> None:
@@ -36,6 +41,7 @@ class Run(RunDirectory):
         self._started = time.monotonic()
         self.forget_failure()
         self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115  # until finish()
+        self._recorded = xxhash.xxh3_128()
         self._seconds_before = 0.0
         self._tracker = open_tracker(self, config)
 
@@ -46,8 +52,10 @@ class Run(RunDirectory):
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl. No clock goes in here: an interrupted run must write the same bytes."""
-        self._metrics.write(as_json({"step": step, **values}).encode() + b"\n")
+        line = as_json({"step": step, **values}).encode() + b"\n"
+        self._metrics.write(line)
         self._metrics.flush()
+        self._recorded.update(line)
         self._tracker.log(step, values)
 
     # --- checkpoint ------------------------------------------------------------------------------------------------
@@ -62,35 +70,51 @@ class Run(RunDirectory):
 
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
+        records = {"metrics_bytes": self._metrics.tell(), "metrics_checksum": self._recorded.hexdigest()}
         seconds = self._seconds_before + time.monotonic() - self._started
-        note = {**progress, "metrics_bytes": self._metrics.tell(), "seconds": seconds}
+        note = as_json({**progress, **records, "seconds": seconds})
         self._checkpoint.parent.mkdir(exist_ok=True)
         partial = self._checkpoint.with_suffix(".partial")
-        save_file(dict(tensors), partial, metadata={"progress": as_json(note)})
+        save_file(dict(tensors), partial, {"progress": note, "checksum": checksums.of_tensors(tensors, note)})
         sync(partial)
         partial.replace(self._checkpoint)
         sync(self._checkpoint.parent)
 
     def load_checkpoint(self) -> "tuple[dict[str, Tensor], dict[str, Any]] | None":
-        """The last checkpoint's tensors and progress. metrics.jsonl is cut back to that point. None: start afresh."""
+        """The last checkpoint's tensors and progress. metrics.jsonl is cut back to that point. None: start afresh.
+
+        Raises ConfigError if either file is not what was saved.
+        """
         saved = self._read_checkpoint()
-        if saved is None:
-            self._metrics.truncate(0)
-            return None
-        tensors, progress = saved
-        self._metrics.truncate(progress.pop("metrics_bytes"))
-        self._seconds_before = progress.pop("seconds")
-        return tensors, progress
+        size, self._recorded = 0, xxhash.xxh3_128()
+        if saved is not None:
+            size, wanted = saved[1].pop("metrics_bytes"), saved[1].pop("metrics_checksum")
+            self._seconds_before = saved[1].pop("seconds")
+            with open(self._metrics.name, "rb") as file:
+                self._recorded.update(file.read(size))
+            if self._recorded.hexdigest() != wanted:
+                raise ConfigError(
+                    f"{self._metrics.name}: is damaged: it does not begin with the {size:,} bytes that were recorded "
+                    f"before the checkpoint\ndelete {self._checkpoint} to start this run afresh"
+                )
+        self._metrics.truncate(size)
+        self._metrics.seek(0, os.SEEK_END)  # where the next checkpoint finds that it is
+        return saved
 
     def _read_checkpoint(self) -> "tuple[dict[str, Tensor], dict[str, Any]] | None":
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if not self._checkpoint.exists():
             return None
-        with safe_open(self._checkpoint, framework="pt") as file:
-            progress = json.loads(file.metadata()["progress"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-        return tensors, progress
+        try:
+            with safe_open(self._checkpoint, framework="pt") as file:
+                note, wanted = (file.metadata()[key] for key in ("progress", "checksum"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+                if checksums.of_tensors(tensors, note) != wanted:
+                    raise ValueError("its checksum is another")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:  # no metadata at all is None
+            raise ConfigError(f"{self._checkpoint}: is damaged ({error})\ndelete it to start this run afresh") from None
+        return tensors, json.loads(note)
 
     # --- stopping --------------------------------------------------------------------------------------------------
 
@@ -130,9 +154,10 @@ class Run(RunDirectory):
         content = {
             "name": self.name,
             "variant": config.variant,
-            "identity": identity_of(config, parents),
+            "identity": identity_of(as_raw(config), parents),
             "parents": parents,
             **facts,
+            "checksums": checksums.of_run(self.folder),
             "seconds": round(self._seconds_before + time.monotonic() - self._started, 3),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **environment(),
@@ -158,7 +183,8 @@ class Follower(Run):
     def load_checkpoint(self) -> "tuple[dict[str, Tensor], dict[str, Any]] | None":
         saved = self._read_checkpoint()
         if saved is not None:
-            del saved[1]["metrics_bytes"], saved[1]["seconds"]
+            for key in ("metrics_bytes", "metrics_checksum", "seconds"):
+                del saved[1][key]
         return saved
 
     def finish(self, **facts: Any) -> None:
@@ -168,8 +194,3 @@ class Follower(Run):
     def lock(self, wait: bool) -> Iterator[bool]:
         """The leader has it."""
         yield True
-
-
-def identity_of(config: StageConfig, parents: Mapping[str, str]) -> str:
-    """A hash of what a run computes: its config without `execution`, and the identities of its parents by name."""
-    return digest([without_execution(as_raw(config)), parents])

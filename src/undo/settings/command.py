@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from typing import Final, NoReturn
 
-from undo.config.mistakes import guarded
+from undo.config.guard import guarded
 from undo.experiments import cli
 from undo.settings.stages import STAGES
 
@@ -12,6 +12,11 @@ WHOLE: Final = {  # name -> the module that has its `main`, and what it does
     "all": ("undo.settings.whole", "all stages of a setting, to its table, figures and report"),
     "wmdp": ("undo.settings.wmdp", "the same for a pretrained model, with a search of points in between"),
     "figures": ("undo.settings.publish", "the table, figures and report of finished runs"),
+}
+
+BESIDE: Final = {  # modules with a command line of their own
+    "undo.prepare_data.write_questions": "questions with answers from a corpus, by a model or by rule",
+    "undo.evaluate": "questions as a task of the lm-evaluation-harness",
 }
 
 
@@ -31,11 +36,11 @@ def main() -> NoReturn:
     wrong = name not in ("-h", "--help")
     if wrong:
         print(f"error: there is no {name!r} to do", file=sys.stderr)
-    print(_usage(), file=sys.stderr if wrong else sys.stdout)
+    print(usage(), file=sys.stderr if wrong else sys.stdout)
     sys.exit(2 if wrong else 0)
 
 
-def _usage() -> str:
+def usage() -> str:
     stages = (f"  {stage.name:9} {stage.caption}" for stage in STAGES.values())
     whole = (f"  {name:9} {what}" for name, (_, what) in WHOLE.items())
     return "\n".join(
@@ -45,6 +50,8 @@ def _usage() -> str:
             *whole,
             "\none stage of it, in the order of the pipeline:",
             *stages,
+            "\nbeside them:",
+            *(f"  python -m {module:34} {what}" for module, what in BESIDE.items()),
             "\nexample: undo all demo",
         )
     )

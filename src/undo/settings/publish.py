@@ -5,7 +5,9 @@ Without names: everything, and report.md, one page that holds it all.
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import get_args
 
@@ -18,9 +20,10 @@ from undo.report.claims import HEADER, as_rows, check
 from undo.report.figures import FIGURES, draw, figures_of
 from undo.report.figures.missing import Missing
 from undo.report.paper import EXPERIMENTS
-from undo.report.report import report
+from undo.report.report import report, without_robustness
+from undo.results.curves import COLUMNS, curves
 from undo.results.results import Results
-from undo.results.shown import Look, Shown
+from undo.results.shown import SPARE, Look, Shown
 from undo.results.text import as_text, write_csv
 from undo.settings.stages import STAGES
 from undo.unlearn import UnlearningMethod
@@ -50,8 +53,12 @@ def shown_in(folder: Path | None) -> Shown:
 def looks() -> dict[str, Look]:
     """How each unlearning method appears in figures, by its name."""
     kinds: tuple[type[Method], ...] = get_args(get_args(UnlearningMethod)[0])
-    names = ((kind.model_fields["name"].default, kind) for kind in kinds)
-    return {name: Look(kind.title or name, kind.mark, kind.color, kind.student_color) for name, kind in names}
+    spare, found = cycle(SPARE), dict[str, Look]()
+    for kind in kinds:
+        name = kind.model_fields["name"].default
+        color, student_color = (kind.color, kind.student_color) if kind.color else next(spare)
+        found[name] = Look(kind.title or name, kind.mark, color, student_color or color)
+    return found
 
 
 def publish(folder: Path, runs: Path, names: list[str] | None = None, out: Path | None = None) -> None:
@@ -65,22 +72,28 @@ def publish(folder: Path, runs: Path, names: list[str] | None = None, out: Path 
     setting = folder.resolve().name
     results = read(runs, setting, shown_in(folder))
     if not results.runs:
-        raise ConfigError(f"{runs / setting} holds no finished run; make some with: {command_of(setting)}")
+        damaged = f"; {len(results.unread)} cannot be read, as {results.unread[0]}" if results.unread else ""
+        raise ConfigError(f"{runs / setting} holds no finished run{damaged}; make some with: {command_of(setting)}")
     out = runs / setting if out is None else out
-    out.mkdir(parents=True, exist_ok=True)
     rows = results.table()
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    wanted = figures_of(results) if names is None else [name for name in names if name in FIGURES]
+    checked = check(results)
+    with _writing_to(out):
+        figures, lacking = draw(wanted, results, out / "figures")
+        missing = not_drawn(setting, lacking) + [f"left out: {line}" for line in results.unread]
+        write_csv(rows, results.columns, out / "summary.csv")
+        write_csv(curves(results), COLUMNS, out / "curves.csv")
+        if names is None:
+            write_atomically(out / "report.md", report(results, checked, figures, missing))
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
     table = Table(box=None, pad_edge=False)
     for column in results.columns:
         table.add_column(column, justify="left" if column == "model" else "right")
     for cells in as_text(rows):
         table.add_row(*cells)
     console.print(table)
-    wanted = figures_of(results) if names is None else [name for name in names if name in FIGURES]
-    figures, lacking = draw(wanted, results, out / "figures")
-    missing = not_drawn(setting, lacking)
-    write_csv(rows, results.columns, out / "summary.csv")
-    checked = check(results)
+    for line in without_robustness(results):
+        console.print(line, highlight=False, soft_wrap=True)
     if "claims" in (names or NAMES):
         claims = Table(box=None, pad_edge=False, title="the paper's claims, on these runs", title_justify="left")
         for column in HEADER:
@@ -88,12 +101,23 @@ def publish(folder: Path, runs: Path, names: list[str] | None = None, out: Path 
         for cells in as_rows(checked):
             claims.add_row(*cells)
         console.print(claims, highlight=False)
-    lines = [f"table: {out / 'summary.csv'}", *(f"{path.stem}: {path.with_suffix('.pdf')}, .png" for path in figures)]
+    lines = [f"table: {out / 'summary.csv'}", f"curves: {out / 'curves.csv'}"]
+    lines += (f"{path.stem}: {path.with_suffix('.pdf')}, .png" for path in figures)
     if names is None:
-        write_atomically(out / "report.md", report(results, checked, figures, missing))
         lines.append(f"report: {out / 'report.md'}")
     for line in [*lines, *missing]:
         console.print(line, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _writing_to(out: Path) -> Iterator[None]:
+    """Make the folder. Raises ConfigError for what cannot be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        place, reason = error.filename or out, error.strerror or error
+        raise ConfigError(f"{place}: cannot be written ({reason})\nchoose another place with --out DIR") from None
 
 
 def not_drawn(setting: str, lacking: Mapping[str, Missing]) -> list[str]:

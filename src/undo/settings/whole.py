@@ -7,7 +7,7 @@ stage (undo.noise.beta=0.5); seed and sweep.seed go to every stage that trains.
 import argparse
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from undo.config.mistakes import ConfigError
 from undo.config.sweep import parse_overrides
@@ -18,6 +18,8 @@ from undo.experiments.plan import PlannedRun, beside_the_main, find_configs, pla
 from undo.settings.publish import publish
 from undo.settings.stages import STAGES
 from undo.train.stage import TrainingStage
+
+EXAMPLE: Final = "demo pretrain.training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"
 
 
 def route(overrides: dict[str, Any], without_seeds: Collection[str] = ()) -> dict[str, dict[str, Any]]:
@@ -54,6 +56,10 @@ def planned_in(
     """`planned`, of some stages of the setting in `folder`; `stand_ins` as in `plan`."""
     routed = route(parse_overrides(args.overrides), without_seeds)
     found = {name: sources(folder, name) for name in STAGES if name in stages}
+    for name, changes in route(parse_overrides(args.overrides), tuple(STAGES)).items():
+        if changes and not sources(folder, name):
+            key, there = next(iter(changes)), ", ".join(stage for stage in STAGES if sources(folder, stage))
+            raise ConfigError(f"{name}.{key}: {folder.name} has no stage {name}; its stages: {there}")
     every = [path for paths in found.values() for path in paths]
     cli.check_extra(args.extra, every)
 
@@ -69,7 +75,7 @@ def planned_in(
 
 
 def main() -> int:
-    parser = cli.parser("All stages of configs/<setting>/, to the table and the figures.")
+    parser = cli.parser("All stages of configs/<setting>/, to the table and the figures.", EXAMPLE)
     parser.add_argument("--tables", action="store_true", help="print the setting's hyper-parameters, and do nothing")
     args = parser.parse_intermixed_args()
     if args.tables:

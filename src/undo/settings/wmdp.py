@@ -26,7 +26,7 @@ from undo.experiments.choose import select
 from undo.experiments.hyperparameters import hyperparameters
 from undo.experiments.plan import PlannedRun, find_configs, plan, sources
 from undo.experiments.points import FILE, searches
-from undo.results.results import Result
+from undo.results.attacked import Result
 from undo.results.selection import Point, across_the_frontier, as_raw
 from undo.settings.publish import publish
 from undo.settings.stages import STAGES
@@ -40,6 +40,7 @@ PARTS: Final = {
     "undo": ("undo",),
     "relearn": ("relearn",),
 }
+EXAMPLE: Final = "wmdp_small unlearn.training.steps=50 sweep.seed=[0,1] --dry-run"
 SEARCH: Final = "unlearn_search"
 BASE: Final = ("pretrain",)  # one model serves all seeds, as the hub's does: seed and sweep.seed leave it alone
 
@@ -132,7 +133,7 @@ def _point(result: Result) -> Point:
 
 
 def main() -> int:
-    parser = cli.parser("WMDP, from a pretrained model to Figures 8 and 11.")
+    parser = cli.parser("WMDP, from a pretrained model to Figures 8 and 11.", EXAMPLE)
     parser.add_argument("--stage", choices=[*PARTS, "figures"], help="only this one; the runs before it must be done")
     parser.add_argument("--tables", action="store_true", help="print the setting's hyper-parameters, and do nothing")
     args = parser.parse_intermixed_args()

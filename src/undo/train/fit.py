@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from undo.config.files import as_json, digest, numbers, write_atomically
+from undo.config.files import as_json, digest, numbers, open_lock, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import RunName, as_raw
 from undo.evaluate.evaluator import Measured
-from undo.runs import ranks
+from undo.runs import precision, ranks
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
-from undo.train.parents import open_stores
+from undo.train.parents import computed_in, open_stores, saved_dtype
 from undo.train.stage import TrainingStage
 
 if TYPE_CHECKING:
@@ -39,22 +39,26 @@ def fit(
 
     `starts_as` names the run whose unchanged model this is. All runs that start from it share its evaluation.
     """
+    import torch
+
     from undo.data.stream import MixedStream
     from undo.lm.disk import shape
     from undo.train import shard
     from undo.train.gradient import plain
-    from undo.train.loop import train
+    from undo.train.loop import mixed_precision, train
 
     data, stores = run.sibling(cfg.data), open_stores(cfg, run)
-    largest = max(store.vocab_size for store in stores.values())
-    if largest > model.config.vocab_size:
+    largest = max(store.largest for store in stores.values())
+    if largest >= model.config.vocab_size:
         raise ConfigError(
-            f"{data.folder} has a vocabulary of {largest}, the model only {model.config.vocab_size}\n"
+            f"{data.folder} holds token {largest}, the model has a vocabulary of {model.config.vocab_size}\n"
             f"prepare the data with the model's tokenizer"
         )
-    training, length = cfg.training, max(store.length for store in stores.values())
+    training, length = computed_in(cfg.training), max(store.length for store in stores.values())
+    if said := precision.note(cfg.training.precision, training.precision):
+        print(said, flush=True)
     streams = {
-        name: MixedStream(stores, mixture, training.batch_rows, training.steps, cfg.seed_for("order") + index)
+        name: MixedStream(stores, mixture, training.batch_rows, cfg.seed_for("order") + index)
         for index, (name, mixture) in enumerate(cfg.streams().items())
     }
     if cfg.execution.shard == "full":  # now: noise, verification and the choice of weights want them whole
@@ -78,8 +82,12 @@ def fit(
         rng=rng,
         stop=stop or (lambda _: False),
     )
+    evaluation = outcome.evaluation
+    if cfg.leaves_model and rounded(model, saved_dtype(cfg, run)):  # what is kept is what is measured
+        with torch.no_grad(), mixed_precision(training, model.device):
+            evaluation, _ = ranks.of_the_leader(evaluator(model, True))
     if run.leads:  # for those who start as this model
-        write_atomically(evaluation_file(run, cfg), as_json(outcome.evaluation))
+        write_atomically(evaluation_file(run, cfg), as_json(evaluation))
     size = shape(model)
     return {
         "steps": outcome.steps,
@@ -88,9 +96,27 @@ def fit(
         "flops": outcome.flops,
         "evaluation_flops": size.forward_flops(length) * outcome.evaluation_tokens,
         "parameters": size.parameters,
-        "evaluation": outcome.evaluation,
+        "precision": training.precision,
+        "evaluation": evaluation,
         "seeds": {concern: cfg.seed_for(concern) for concern in ("init", "order", "noise", "objective")},
     }
+
+
+def rounded(model: "PreTrainedModel", dtype: "torch.dtype") -> bool:
+    """Round the weights to what `dtype` can hold -> whether it is another one. Raises ConfigError for an overflow."""
+    import torch
+
+    from undo.train import shard
+
+    if dtype == model.dtype:
+        return False
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.to(dtype))
+            if not shard.whole(weight).isfinite().all():
+                name = str(dtype).removeprefix("torch.")
+                raise ConfigError(f"save_dtype={name}: a weight is too large for it; take bfloat16 or float32")
+    return True
 
 
 def shared_evaluation(of: RunDirectory, cfg: TrainingStage, measure: Callable[[], Measured]) -> Measured:
@@ -103,15 +129,24 @@ def shared_evaluation(of: RunDirectory, cfg: TrainingStage, measure: Callable[[]
         made: Measured | None = ranks.of_the_leader(None)
         return measure() if made is None else made
     file = evaluation_file(of, cfg)
-    with open(file.with_suffix(".lock"), "w") as lock:
+    with open_lock(file.with_suffix(".lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        found = Measured(numbers(json.loads(file.read_text())), 0) if file.exists() else None
+        found = _left_there(file)
         ranks.of_the_leader(found)
         if found is not None:
             return found
         measured = measure()
         write_atomically(file, as_json(measured.values))
     return measured
+
+
+def _left_there(file: Path) -> Measured | None:
+    """An evaluation that was written; None for none, and for a damaged file, since it can be made again."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return Measured(numbers(values), 0) if isinstance(values, dict) and values else None
 
 
 def evaluation_file(of: RunDirectory, cfg: TrainingStage) -> Path:
@@ -121,9 +156,11 @@ def evaluation_file(of: RunDirectory, cfg: TrainingStage) -> Path:
     how = [
         as_raw(cfg.evaluation),
         of.sibling(cfg.validated_on).identity(),
-        cfg.training.precision,
+        computed_in(cfg.training).precision,
         torch.cuda.is_available(),
     ]
     folder = of.folder / "evaluations"
+    if folder.is_symlink():
+        raise ConfigError(f"{folder}: is a symbolic link, and is not followed; delete it")
     folder.mkdir(exist_ok=True)
     return folder / f"{digest(how)}.json"

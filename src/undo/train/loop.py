@@ -54,6 +54,11 @@ def learning_rate(cfg: Training, step: int) -> float:
     return cfg.min_learning_rate + (cfg.learning_rate - cfg.min_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def mixed_precision(cfg: Training, device: torch.device) -> torch.autocast:
+    """The context that a run computes in: bf16 products over fp32 weights, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+
+
 def train(
     model: nn.Module,
     objective: Objective,
@@ -83,7 +88,7 @@ def train(
     if not weights:
         raise ConfigError("no weight is trainable")
     optimizer = _optimizer(weights, cfg)
-    autocast = torch.autocast(devices.device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+    autocast = mixed_precision(cfg, devices.device)
     done = _resume(recorder, model, weights, optimizer, rng)
     pace = _Pace()
     with recorder.saves_before_it_stops():

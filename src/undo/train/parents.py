@@ -1,11 +1,12 @@
 """What a run takes from its parents (models, token stores, shapes), and the model that it leaves behind."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from undo.config.mistakes import ConfigError
-from undo.config.schema import ROLES, Role, RunName
+from undo.config.schema import ROLES, Role, RunName, Training
 from undo.lm.shape import Shape
+from undo.runs import precision
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 from undo.train.stage import TrainingStage
@@ -34,7 +35,7 @@ def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen:
     memory.require(
         available,
         model,
-        cfg.training,
+        computed_in(cfg.training),
         cfg.execution,
         max(store.length for store in open_stores(cfg, run).values()),
         frozen=[shape_of_parent(run, name) for name in frozen],
@@ -43,6 +44,11 @@ def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen:
         streams=len(cfg.streams()),
         device=device,
     )
+
+
+def computed_in(training: Training) -> Training:
+    """The same values, with the precision that this process computes in."""
+    return training.model_copy(update={"precision": precision.taken(training.precision)})
 
 
 def open_stores(cfg: TrainingStage, run: Run) -> "dict[Role, TokenStore]":
@@ -62,23 +68,58 @@ def open_store(data: RunDirectory, role: Role) -> "TokenStore":
     return TokenStore(folder)
 
 
-def keep(model: "PreTrainedModel", cfg: TrainingStage, run: Run) -> None:
-    """Save the model together with the tokenizer of its data."""
+def keep(model: "PreTrainedModel", cfg: TrainingStage, run: Run, like: RunName | None = None) -> None:
+    """Save the model, with the tokenizer, templates and generation config of the run `like`, whose model it was.
+
+    Where that one has no tokenizer, or there is none, it is the tokenizer of its data.
+    """
     from undo.lm.disk import save
+    from undo.lm.vocabulary import tokenizer_files
     from undo.train import shard
+
+    source = None if like is None else run.sibling(like).model
+    tokenizer = source if source and tokenizer_files(source) else run.sibling(cfg.data).folder / "tokenizer"
 
     weights = None
     if cfg.execution.shard == "full":
         weights = {name: shard.whole(weight) for name, weight in model.state_dict().items()}
     if run.leads:
-        save(model, run.sibling(cfg.data).folder / "tokenizer", run.model, weights)
+        save(model, tokenizer, run.model, weights, like=source, dtype=saved_dtype(cfg, run))
+
+
+def saved_dtype(cfg: TrainingStage, run: RunDirectory) -> "torch.dtype":
+    """The dtype of the weights in the run's model folder."""
+    import torch
+
+    return getattr(torch, input_dtype(run, cfg.parents()) if cfg.save_dtype == "auto" else cfg.save_dtype)
+
+
+def input_dtype(run: RunDirectory, parents: Iterable[str]) -> str:
+    """The dtype of the pretrained model that a run with these parents descends from; float32 if there is none."""
+    for name in parents:
+        if not name.startswith("prepare/"):
+            facts = run.sibling(name).facts
+            return facts.get("dtype") or input_dtype(run, facts["parents"])
+    return "float32"
 
 
 def load_parent(run: Run, name: str) -> "PreTrainedModel":
-    """The model of another run, on this run's device, in fp32."""
-    from undo.lm.disk import load
+    """The model of another run, on this run's device, in fp32.
 
-    return place(load(run.sibling(name).model), run)
+    Raises ConfigError if its files have changed since, or if its tokens are not the data's.
+    """
+    from undo.lm.disk import load
+    from undo.lm.vocabulary import same_tokens
+
+    cfg, parent = run.configured, run.sibling(name)
+    assert isinstance(cfg, TrainingStage)
+    parent.check_model()
+    if not same_tokens(parent.model, run.sibling(cfg.data).folder / "tokenizer"):
+        raise ConfigError(
+            f"{cfg.data} was prepared with another tokenizer than that of {name}, {parent.model.resolve()}\n"
+            f"prepare the data with prepare.tokenizer=<that folder>"
+        )
+    return place(load(parent.model), run)
 
 
 def shape_of_parent(run: Run, name: str) -> Shape:

@@ -52,6 +52,7 @@ class InMemory:
     def saves_before_it_stops(self) -> Iterator[None]:
         """Shows the bar for as long as the loop runs."""
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress import Progress
 
         console = Console(stderr=True)
@@ -59,6 +60,6 @@ class InMemory:
             yield
             return
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(self._title, total=self._steps)
+            task = progress.add_task(escape(self._title), total=self._steps)
             self._advance = lambda step: progress.update(task, completed=step)
             yield

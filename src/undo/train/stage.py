@@ -4,6 +4,7 @@ import importlib.util
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import Field
@@ -15,6 +16,7 @@ from undo.lm.shape import Shape
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 
+SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Concern = Literal["init", "order", "noise", "objective"]
 
 
@@ -27,8 +29,20 @@ class Stage:
     execute: Callable[[Any, Run], None]
     module: str  # where a worker finds this stage, as STAGE
     caption: str  # of its hyper-parameters: what they are, and where the paper has them
+    example: str = "demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"  # arguments, for --help
     shape: Callable[[Any, RunDirectory], Shape | None] = lambda config, run: None  # of its model; None: its parent's
     row_tokens: Callable[[Any], int | None] = lambda config: None  # of its data; None: as its parents have them
+    vocabulary: Callable[[Any, RunDirectory], int | None] = lambda config, run: None  # of its data, if it makes them
+    computes: bool = True  # False: its runs take no share of the devices
+
+
+@cache
+def check_evaluation(evaluation: Evaluation) -> None:
+    """Once for the hundreds of runs that have the same. Raises ConfigError."""
+    try:
+        evaluation.check()
+    except ConfigError as error:
+        raise ConfigError(f"evaluation.{error}") from None
 
 
 class TrainingStage(StageConfig):
@@ -40,6 +54,7 @@ class TrainingStage(StageConfig):
     evaluation_data: RunName | None = None  # the prepare run whose validation data are used; None: the same
     training: Training
     evaluation: Evaluation
+    save_dtype: SaveDtype = "float32"  # of the model that is left; auto: as the pretrained model came
 
     @property
     def validated_on(self) -> RunName:
@@ -62,6 +77,11 @@ class TrainingStage(StageConfig):
         return True
 
     @property
+    def leaves_model(self) -> bool:
+        """Whether the run keeps its model."""
+        return True
+
+    @property
     def held_per_weight(self) -> int:
         """Bytes per trained weight that a step holds beside one gradient; see Method."""
         return 0
@@ -71,10 +91,7 @@ class TrainingStage(StageConfig):
         return 3 * model.forward_flops(length)
 
     def check(self) -> None:
-        try:
-            self.evaluation.check()
-        except ConfigError as error:
-            raise ConfigError(f"evaluation.{error}") from None
+        check_evaluation(self.evaluation)  # pyright: ignore[reportArgumentType]  # only pydantic knows that it has a hash
         if self.training.batch_rows < self.execution.devices:
             raise ConfigError(
                 f"{self.name}: execution.devices={self.execution.devices} is more than the "

@@ -8,7 +8,7 @@ class GradDiff(Weighted):
 
     name: Literal["graddiff"] = "graddiff"
     title: ClassVar = "GradDiff"
-    mark: ClassVar = "o"
+    mark: ClassVar = "s"
     color: ClassVar = "#E69F00"
     student_color: ClassVar = "#56B4E9"
     presets: ClassVar = {"faithful": {"alpha": 1.0}, "faithful_arithmetic": {"alpha": 15.0}}  # D.1

@@ -23,8 +23,8 @@ class Method(Frozen):
 
     title: ClassVar[str] = ""  # in figures and tables; "": its name
     mark: ClassVar[str] = "h"  # of its points: a matplotlib marker
-    color: ClassVar[str] = "#777777"  # of its models in figures
-    student_color: ClassVar[str] = "#444444"  # of models that are distilled from them
+    color: ClassVar[str] = ""  # of its models in figures; "": one that no method here has
+    student_color: ClassVar[str] = ""  # of models that are distilled from them
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # name -> values of keys; keys given beside a preset win
 
     preset: str | None = None

@@ -18,6 +18,8 @@ class NPO(Method):
     name: Literal["npo"] = "npo"
     title: ClassVar = "NPO"
     mark: ClassVar = "X"
+    color: ClassVar = "#882255"
+    student_color: ClassVar = "#C98DA9"
     presets: ClassVar = {"faithful": {"beta": 0.1}}
 
     beta: Positive = 0.1
@@ -84,6 +86,8 @@ class SimNPO(Method):
     name: Literal["simnpo"] = "simnpo"
     title: ClassVar = "SimNPO"
     mark: ClassVar = "D"
+    color: ClassVar = "#44AA99"
+    student_color: ClassVar = "#A5D6CD"
     presets: ClassVar = {
         "faithful": {"beta": 2.5, "gamma": 0.0, "forget_weight": 0.1375},  # TOFU, forget05
         "open_unlearning": {"beta": 4.5, "gamma": 0.0, "forget_weight": 0.125},  # its gamma is this forget_weight

@@ -29,6 +29,8 @@ class RepNoise(OnTop):
     name: Literal["repnoise"] = "repnoise"
     title: ClassVar = "RepNoise"
     mark: ClassVar = "<"
+    color: ClassVar = "#661100"
+    student_color: ClassVar = "#B58A80"
     presets: ClassVar = {
         "faithful": {"noise_weight": 1.0, "ascent_weight": 1.0},  # Table 7, D.2.6
         "official": {"noise_weight": 0.001, "ascent_weight": 1.0, "paired": True},

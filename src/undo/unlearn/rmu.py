@@ -22,7 +22,7 @@ class RMU(Weighted, OnBlocks):
 
     name: Literal["rmu"] = "rmu"
     title: ClassVar = "RMU"
-    mark: ClassVar = "o"
+    mark: ClassVar = "d"
     color: ClassVar = "#CC79A7"
     student_color: ClassVar = "#009E73"
     presets: ClassVar = {

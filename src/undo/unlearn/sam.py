@@ -18,6 +18,8 @@ class SAM(OnTop):
     name: Literal["sam"] = "sam"
     title: ClassVar = "SAM"
     mark: ClassVar = "P"
+    color: ClassVar = "#999933"
+    student_color: ClassVar = "#CFCF8F"
     presets: ClassVar = {
         "faithful": {"ascent": "total", "rho": 0.01},  # Table 8, D.2.6, and the code behind them
         "official": {
@@ -64,6 +66,8 @@ class Smoothing(OnTop):
     name: Literal["smoothing"] = "smoothing"
     title: ClassVar = "smoothing"
     mark: ClassVar = "v"
+    color: ClassVar = "#AA4499"
+    student_color: ClassVar = "#D8A5CF"
     presets: ClassVar = {
         "faithful": {
             "sigma": 1e-4,

@@ -61,7 +61,7 @@ def unlearn(cfg: Unlearn, run: Run) -> None:
     start = reference or load_parent(run, cfg.reference)
     found = health.of(model, start, run.sibling(cfg.data)) | health.recorded_norms(run)
     print(health.as_line(found), flush=True)
-    keep(model, cfg, run)
+    keep(model, cfg, run, cfg.reference)
     run.finish(**facts, health=found)
 
 

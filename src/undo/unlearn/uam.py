@@ -22,6 +22,8 @@ class UAM(Method):
     name: Literal["uam"] = "uam"
     title: ClassVar = "UAM"
     mark: ClassVar = "p"
+    color: ClassVar = "#332288"
+    student_color: ClassVar = "#A19ACB"
     presets: ClassVar = {
         "faithful": {"gamma": 1.0},  # eq. 15 to the letter; its losses at a layer are `language_model`'s
         "official": {"gamma": 0.0},

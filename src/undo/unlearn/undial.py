@@ -15,6 +15,8 @@ class UNDIAL(Method):
     name: Literal["undial"] = "undial"
     title: ClassVar = "UNDIAL"
     mark: ClassVar = ">"
+    color: ClassVar = "#117733"
+    student_color: ClassVar = "#8FC09E"
     presets: ClassVar = {"faithful": {"strength": 5.0}, "open_unlearning": {"strength": 10.0}}
 
     strength: Positive = 5.0

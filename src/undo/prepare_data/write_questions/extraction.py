@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from undo.config.mistakes import ConfigError, guarded
+from undo.config.guard import guarded
+from undo.config.mistakes import ConfigError
 from undo.config.units import duration
 from undo.prepare_data.corpora import ALL, origin
 from undo.prepare_data.text import Source

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from undo.prepare_data.text import read
+from undo.data.files import read_texts
 
 SHORTEST: Final = 200  # characters of a passage
 PROSE: Final = 0.7  # at least this share of a passage is letters and blanks; what has less is a table or code
@@ -23,7 +23,7 @@ def passages(files: Sequence[Path], column: str, characters: int, seed: int) -> 
     """All passages of all documents, in order, each with a random rank that depends on the seed and its place."""
     ranks = random.Random(seed)
     for file, name in zip(files, names(files), strict=True):
-        for number, text in enumerate(read(file, column)):
+        for number, text in enumerate(read_texts(file, column)):
             for start, passage in cut(text, characters):
                 yield Passage(ranks.random(), f"{name}:{number}:{start}", name, passage)
 

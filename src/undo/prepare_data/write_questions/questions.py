@@ -5,6 +5,7 @@ The paper shows one example and says no more: prompt and filter are our own. Not
 
 import math
 import re
+import unicodedata
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
@@ -83,7 +84,12 @@ def parse(reply: str) -> list[Question]:
             raise ValueError("broken JSON in the reply") from None
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"wrong JSON in the reply: {where}: {first['msg']}") from None
-    return [Question(" ".join(i.question.split()), " ".join(i.answer.split())) for i in found.items]
+    return [Question(_plain(i.question), _plain(i.answer)) for i in found.items]
+
+
+def _plain(text: str) -> str:
+    """One line, without control characters: escape sequences would reach whoever prints the corpus."""
+    return "".join(c for c in " ".join(text.split()) if unicodedata.category(c) != "Cc")
 
 
 # --- the filter ----------------------------------------------------------------------------------------------------

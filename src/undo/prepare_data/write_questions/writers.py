@@ -5,6 +5,7 @@ The API key is sent to the endpoint and goes nowhere else: it is cut out of what
 
 import asyncio
 import email.utils
+import json
 import math
 import os
 import time
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LONGEST_BACKOFF: Final = 60.0  # seconds
+LONGEST_PAUSE: Final = 600.0  # seconds, whatever a server says; then it is asked again
+LARGEST_REPLY: Final = 16 << 20  # bytes, unpacked
+MOST_TOKENS: Final = 10_000_000  # of a request; more than any model reads
 LOCAL_TOKENS: Final = 2048  # a local model stops here if nothing else is said
 
 
@@ -109,7 +113,7 @@ class Endpoint:
 
         self._url = check_url(url) + "/chat/completions"
         self._body, self._key, self._timeout = body, key, timeout
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Accept-Encoding": "gzip, deflate", **({"Authorization": f"Bearer {key}"} if key else {})}
         self._client: httpx2.AsyncClient = httpx2.AsyncClient(headers=headers, timeout=timeout)
 
     async def ask(self, prompt: str, attempt: int) -> Reply:
@@ -118,7 +122,8 @@ class Endpoint:
         body = {**self._body, "messages": [{"role": "user", "content": prompt}]}
         try:
             async with asyncio.timeout(self._timeout):  # the client's own time-out starts anew with every byte
-                response = await self._client.post(self._url, json=body)
+                async with self._client.stream("POST", self._url, json=body) as response:
+                    said = await _bounded(response)
         except (TimeoutError, httpx2.TimeoutException):
             raise Trouble(f"time-out: no reply within {self._timeout:g} s") from None
         except httpx2.ConnectError as error:
@@ -126,26 +131,31 @@ class Endpoint:
         except httpx2.RequestError as error:
             raise Trouble(self._clean(f"connection broken off: {error}")) from None
         if response.status_code != 200:
-            raise self._refusal(response)
+            raise self._refusal(response, said)
         try:
-            completion = _Completion.model_validate_json(response.content)
+            completion = _Completion.model_validate_json(said)
         except ValidationError:
-            raise Trouble(self._clean(f"broken JSON from the server: {response.text}")) from None
+            raise Trouble(self._clean(f"broken JSON from the server: {said.decode(errors='replace')}")) from None
         usage = Usage(*completion.usage.model_dump().values()) if completion.usage else Usage()
+        if not all(0 <= count <= MOST_TOKENS for count in usage):
+            raise Trouble(f"wrong counts of tokens from the server: {usage.prompt_tokens}, {usage.completion_tokens}")
         if not completion.choices:
             raise Trouble("no choices from the server: nothing was written", usage=usage)
         choice = completion.choices[0]
         content = self._hide(choice.message.content or "")
         if not content.strip():
-            raise Trouble(f"an empty reply: finish_reason {choice.finish_reason}", usage=usage)
+            raise Trouble(self._clean(f"an empty reply: finish_reason {choice.finish_reason}"), usage=usage)
         return Reply(content, usage, choice.finish_reason != "length")
 
     async def close(self) -> None:
         await self._client.aclose()
 
-    def _refusal(self, response: "httpx2.Response") -> Exception:
+    def _refusal(self, response: "httpx2.Response", body: bytes) -> Exception:
         """Of an HTTP status: hopeless (ConfigError), of this passage only, or to be tried again."""
-        status, said = response.status_code, self._clean(_message(response))
+        status, said = response.status_code, self._clean(_message(response, body))
+        after = retry_after(response.headers.get("retry-after"))
+        if after is not None and after > LONGEST_PAUSE:
+            said, after = f"{said} (to be asked again in {after:.0f} s; we wait {LONGEST_PAUSE:.0f})", LONGEST_PAUSE
         match status:
             case 401 | 403:
                 return ConfigError(
@@ -163,9 +173,9 @@ class Endpoint:
                 where = self._clean(response.headers.get("location", "another address"))
                 return ConfigError(f"{self._url} sends us to {where}\ngive that as --endpoint if you trust it")
             case 408 | 409 | 425 | 429:
-                return Trouble(f"HTTP {status}: {said}", after=retry_after(response.headers.get("retry-after")))
+                return Trouble(f"HTTP {status}: {said}", after=after)
             case _ if status >= 500:
-                return Trouble(f"HTTP {status}: {said}", after=retry_after(response.headers.get("retry-after")))
+                return Trouble(f"HTTP {status}: {said}", after=after)
             case _:  # 400, 413, 422: this request will not do, and will not do again
                 return Trouble(f"HTTP {status}: {said}", final=True)
 
@@ -173,8 +183,8 @@ class Endpoint:
         return text.replace(self._key, "***") if self._key and len(self._key) >= 8 else text  # "EMPTY" is no secret
 
     def _clean(self, text: str) -> str:
-        """One line, not too long, without the key."""
-        line = " ".join(self._hide(text).split())
+        """One line, not too long, without the key, and without characters that a terminal obeys."""
+        line = "".join(c for c in " ".join(self._hide(text).split()) if c.isprintable())
         return line if len(line) <= 200 else line[:197] + "..."
 
 
@@ -219,14 +229,27 @@ def retry_after(header: str | None) -> float | None:
         return None
 
 
-def _message(response: "httpx2.Response") -> str:
+async def _bounded(response: "httpx2.Response") -> bytes:
+    """The body, unpacked. Raises Trouble for one that has no end, or is packed so that few bytes make very many."""
+    packed = response.headers.get("content-encoding", "identity").lower()
+    if packed not in ("identity", "gzip", "deflate"):
+        raise Trouble(f"not asked for: a reply that is packed as {packed[:20]!a}")
+    said = bytearray()
+    async for chunk in response.aiter_bytes():
+        said += chunk
+        if len(said) > LARGEST_REPLY:
+            raise Trouble(f"too much from the server: a reply of more than {LARGEST_REPLY >> 20} MiB")
+    return bytes(said)
+
+
+def _message(response: "httpx2.Response", body: bytes) -> str:
     """{"error": {"message": ...}}, as all of them say it, or whatever was said."""
     try:
-        said = response.json()
+        said = json.loads(body)
         error = said.get("error", said) if isinstance(said, dict) else said
         return str(error.get("message", error) if isinstance(error, dict) else error)
     except ValueError:
-        return response.text or response.reason_phrase
+        return body.decode(errors="replace") or response.reason_phrase
 
 
 # --- a model on this machine ---------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from undo.config.mistakes import ConfigError
 from undo.report.figures.compute import robustness_against_compute
 from undo.report.figures.distillation import distillation_trends
 from undo.report.figures.matching import oracle_matching
@@ -51,14 +50,11 @@ def draw(names: Iterable[str], results: "Results", folder: Path) -> tuple[list[P
         if isinstance(figure, Missing):
             missing[name] = figure
             continue
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for suffix in ("pdf", "png"):
-                # no creation date: the same results give the same bytes
-                figure.savefig(
-                    folder / f"{name}.{suffix}", metadata={"CreationDate": None} if suffix == "pdf" else None
-                )
-        except OSError as error:
-            raise ConfigError(f"{folder}: cannot be written ({error.strerror})") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix in ("pdf", "png"):
+            path = folder / f"{name}.{suffix}"
+            path.unlink(missing_ok=True)  # a symbolic link would be followed
+            # no creation date: the same results give the same bytes
+            figure.savefig(path, metadata={"CreationDate": None} if suffix == "pdf" else None)
         drawn.append(folder / f"{name}.png")
     return drawn, missing

@@ -4,9 +4,10 @@ import math
 from typing import TYPE_CHECKING
 
 from undo.report.figures.missing import Missing
-from undo.report.figures.relearning import ORACLE, UNLEARNED, curves, legend
+from undo.report.figures.relearning import LINES, ORACLE, UNLEARNED, curves
 from undo.results.arms import Distilled, Undo
-from undo.results.results import Attacked, Results
+from undo.results.attacked import Attacked
+from undo.results.results import Results
 from undo.results.seeds import median
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def robustness_against_compute(results: Results) -> "Figure | Missing":
 
     Compute is S_student / S_oracle, S = training tokens. Curves are those of the first seed.
     """
-    from undo.report.figures.style import panels, shade
+    from undo.report.figures.style import legend, panels, shade
 
     groups = _groups(results)
     if not groups:
@@ -30,7 +31,7 @@ def robustness_against_compute(results: Results) -> "Figure | Missing":
             "relearn/undo_*",
         )
     figure, (scaling, relearning) = panels(2, sharey=False)
-    figure.set_size_inches(6.8, 3.0)
+    figure.set_size_inches(6.8, 2.8)
     _scaling(scaling, results, groups)
     first = min(a.model.seed for members in groups.values() for a in members)
     undo = sorted(
@@ -54,7 +55,8 @@ def robustness_against_compute(results: Results) -> "Figure | Missing":
         curves(relearning, oracle, ORACLE)
     relearning.set_xlabel("relearning steps", fontsize=8)
     relearning.set_ylabel(f"forget {results.attacked[0].unit}", fontsize=8)
-    legend(figure, [relearning])
+    relearning.set_title(f"relearning\nseed {first}", fontsize=8)
+    legend(figure, [scaling, relearning], LINES["worst case"])
     return figure
 
 
@@ -76,10 +78,10 @@ def _groups(results: Results) -> dict[float | None, list[Attacked]]:
 
 
 def _scaling(axis: "Axes", results: Results, groups: dict[float | None, list[Attacked]]) -> None:
-    from undo.report.figures.style import COLORS, INK, shade
+    from undo.report.figures.style import COLORS, INK, over_seeds, shade
 
     points = []
-    for alpha, members in groups.items():
+    for alpha, members in sorted(groups.items(), key=lambda group: (group[0] is None, group[0])):
         xs, ys = [results.compute(a) or 0 for a in members], [results.robustness(a) or 0 for a in members]
         x, y = median(xs), median(ys)
         axis.errorbar(
@@ -90,29 +92,15 @@ def _scaling(axis: "Axes", results: Results, groups: dict[float | None, list[Att
             fmt="s" if alpha is None else "o",
             color=COLORS["student"] if alpha is None else shade(alpha),
             markersize=6,
-            capsize=2,
+            elinewidth=0.8,
+            label="unlearn and distill" if alpha is None else f"α = {alpha:g}",
         )
-        text, place, side = (
-            ("unlearn and distill", (-7, -3), "right") if alpha is None else (f"α = {alpha:g}", (5, -9), "left")
-        )
-        axis.annotate(text, (x, y), fontsize=7, xytext=place, textcoords="offset points", ha=side)
         if alpha is not None:
-            points.append((alpha, x, y))
-    points.sort()
-    axis.plot([p[1] for p in points], [p[2] for p in points], color=INK, linewidth=0.8, alpha=0.5, zorder=0)
-    axis.axhline(1, color=INK, linewidth=0.8, linestyle=":")
-    axis.annotate(
-        "data filtering",
-        (0.02, 1),
-        xycoords=("axes fraction", "data"),
-        fontsize=7,
-        xytext=(0, 3),
-        textcoords="offset points",
-    )
+            points.append((x, y))
+    axis.plot([p[0] for p in points], [p[1] for p in points], color=INK, linewidth=0.8, alpha=0.5, zorder=0)
+    axis.axhline(1, color=INK, linewidth=0.8, linestyle=":", label="data filtering: robustness 1")
     axis.set_xlabel("compute: training tokens / those of data filtering", fontsize=8)
     axis.set_ylabel("robustness to relearning", fontsize=8)
-    counts = {len({a.model.seed for a in members}) for members in groups.values()}
-    seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     last = max(next(iter(groups.values()))[0].worst_case)
-    axis.set_title(f"{seeds} seed{'s' * (max(counts) > 1)} a point, after {last} relearning steps", fontsize=8)
-    axis.margins(0.14)
+    axis.set_title(f"after {last} relearning steps\n{over_seeds(groups.values(), 'median and range')}", fontsize=8)
+    axis.margins(0.1)

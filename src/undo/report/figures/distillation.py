@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from undo.report.figures.missing import Missing
-from undo.report.figures.relearning import legend
 from undo.results.arms import Distilled
 from undo.results.results import Results
 
@@ -16,12 +15,13 @@ def distillation_trends(results: Results) -> "Figure | Missing":
 
     With several seeds, the first one is drawn.
     """
-    from undo.report.figures.style import COLORS, panels
+    from undo.report.figures.style import COLORS, legend, of_one_seed, panels
 
     runs = [run for run in results.of("distill") if isinstance(run.arm, Distilled)]
     if not runs:
         return Missing("a distilled student", "distill", lambda arm: isinstance(arm, Distilled), "distill/distilled*")
     first = min(run.seed for run in runs)
+    said = of_one_seed(runs)
     runs = sorted((run for run in runs if run.seed == first), key=lambda run: run.config["teacher"])
     figure, axes = panels(len(runs))
     for axis, run in zip(axes, runs, strict=True):
@@ -35,5 +35,5 @@ def distillation_trends(results: Results) -> "Figure | Missing":
         axis.set_title(results.look(run.arm).title or "unlearned", fontsize=9)
         axis.set_xlabel("distillation steps", fontsize=8)
     axes[0].set_ylabel(runs[0].unit, fontsize=8)
-    legend(figure, axes)
+    legend(figure, axes, said)
     return figure

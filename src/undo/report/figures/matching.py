@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Final
 
 from undo.report.figures.missing import Missing
+from undo.report.figures.relearning import LINES, curves
 from undo.results.arms import Matched, Oracle
 from undo.results.results import Results
 
@@ -21,7 +22,7 @@ def oracle_matching(results: Results) -> "Figure | Missing":
 
     With several seeds, the first one is drawn.
     """
-    from undo.report.figures.style import panels
+    from undo.report.figures.style import legend, of_one_seed, panels
 
     found = [(a, LOOKS[a.arm]) for a in results.attacked if isinstance(a.arm, Matched | Oracle)]
     students = results.attacked_as(Matched)
@@ -33,20 +34,16 @@ def oracle_matching(results: Results) -> "Figure | Missing":
             "relearn/matched_*",
         )
     first = min(a.model.seed for a in students)
-    figure, (losses, curves) = panels(2, sharey=False)
+    figure, (losses, relearning) = panels(2, sharey=False)
     for attacked, (name, color) in (pair for pair in found if pair[0].model.seed == first):
         if isinstance(attacked.arm, Matched):
             loss = [(r["step"], r["loss/kl"]) for r in attacked.model.directory.records() if "loss/kl" in r]
             losses.plot(*zip(*loss, strict=True), color=color, linewidth=1.2)
-        for adversary in attacked.adversaries:
-            curve = adversary.curve("forget")
-            curves.plot(list(curve), list(curve.values()), color=color, linewidth=0.6, alpha=0.4)
-        worst = attacked.worst_case
-        curves.plot(list(worst), list(worst.values()), color=color, linewidth=2.2, label=name)
+        curves(relearning, attacked, (color, name))
     losses.set_yscale("log")
     losses.set_ylabel("KL to the oracle (nats)", fontsize=8)
     losses.set_xlabel("distillation steps", fontsize=8)
-    curves.set_ylabel(f"forget {students[0].unit}", fontsize=8)
-    curves.set_xlabel("relearning steps", fontsize=8)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
+    relearning.set_ylabel(f"forget {students[0].unit}", fontsize=8)
+    relearning.set_xlabel("relearning steps", fontsize=8)
+    legend(figure, [relearning], f"{LINES['worst case']}; {of_one_seed(students)}")
     return figure

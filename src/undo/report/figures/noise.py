@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from undo.corrupt import Noise
 from undo.report.figures.missing import Missing
 from undo.results.arms import Undo
-from undo.results.results import Attacked, Result, Results
+from undo.results.attacked import Attacked, Result
+from undo.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ def noise_grid(results: Results) -> "Figure | Missing":
     The matrix holds distillation steps until the student was within 5 % of the teacher, medians over seeds. Curves are
     those of the first seed.
     """
-    from undo.report.figures.style import INK, panels, shade
+    from undo.report.figures.style import INK, legend, of_one_seed, panels, shade
 
     def point(run: Result) -> tuple[float, float]:
         return run.config["noise"]["alpha"], run.config["noise"]["beta"]
@@ -42,15 +43,16 @@ def noise_grid(results: Results) -> "Figure | Missing":
         for rank, beta in enumerate(betas):
             if (alpha, beta) in attacked:
                 curve = attacked[alpha, beta].worst_case
-                label = f"β = {beta:g}" if axis is axes[0] else None
-                axis.plot(list(curve), list(curve.values()), color=shade(rank / max(1, len(betas) - 1)), label=label)
+                color = shade(rank / max(1, len(betas) - 1))
+                axis.plot(list(curve), list(curve.values()), color=color, label=f"β = {beta:g}")
         axis.set_title(f"α = {alpha:g}", fontsize=9)
         axis.set_xlabel("relearning steps", fontsize=8)
     if attacked:
         every = [value for a in attacked.values() for value in a.worst_case.values()]
         for axis in axes if every else ():
             axis.set_ylim(min(every) - 0.02 * abs(max(every)), max(every) * 1.04)
-        figure.legend(fontsize=8, loc="outside lower center", ncols=6, frameon=False)
+        worst = f"curves: worst case over a model's adversaries, {of_one_seed(runs)}"
+        legend(figure, axes, f"{worst}; distillation steps: median over seeds")
     axes[0].set_ylabel(f"forget {results.attacked[0].unit if attacked else runs[0].unit}", fontsize=8)
     cost = [[[run.facts["steps"] for run in runs if point(run) == (a, b)] for b in betas] for a in alphas]
     numbers = [[median(steps) if steps else float("nan") for steps in row] for row in cost]

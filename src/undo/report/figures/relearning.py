@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from undo.report.figures.missing import Missing
 from undo.results.arms import Distilled, Oracle, method_of
-from undo.results.results import Attacked, Results
+from undo.results.attacked import Attacked
+from undo.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,9 +27,10 @@ def average_relearning_curves(results: Results) -> "Figure | Missing":
 def _panels(results: Results, bold: Summary) -> "Figure | Missing":
     """One panel for each distilled student, with its unlearned teacher and the oracle.
 
-    With several seeds, the first one is drawn. An axis of cross entropy ends just above the oracle's start.
+    With several seeds, the first one is drawn. An axis of cross entropy ends above what is under attack,
+    and the oracle.
     """
-    from undo.report.figures.style import panels
+    from undo.report.figures.style import legend, of_one_seed, panels
 
     students = results.attacked_as(Distilled)
     if not students:
@@ -39,6 +41,7 @@ def _panels(results: Results, bold: Summary) -> "Figure | Missing":
             "relearn/distilled*",
         )
     first = min(a.model.seed for a in students)
+    said = of_one_seed(students)
     students = sorted((a for a in students if a.model.seed == first), key=lambda a: method_of(a.arm) or "")
     figure, axes = panels(len(students))
     for axis, student in zip(axes, students, strict=True):
@@ -51,19 +54,24 @@ def _panels(results: Results, bold: Summary) -> "Figure | Missing":
         axis.set_title(results.look(student.arm).title or "unlearned", fontsize=9)
         axis.set_xlabel("relearning steps", fontsize=8)
     axes[0].set_ylabel(f"forget {students[0].unit}", fontsize=8)
-    if not students[0].higher_is_better:  # unlearned models start at any cross entropy: what follows matters
-        drawn = [a for s in students for a in (results.teacher_of(s), s, results.oracle_of(s)) if a is not None]
-        under_attack = [value for a in drawn for step, value in a.worst_case.items() if step > 0]
-        starts = [a.worst_case[0] for a in drawn if isinstance(a.arm, Oracle) and 0 in a.worst_case]
-        low, high = min(under_attack, default=0), max([*under_attack, *starts], default=1)
+    note = f"{LINES[bold]}; {said}"
+    drawn = [a for s in students for a in (results.teacher_of(s), s, results.oracle_of(s)) if a is not None]
+    shown = [v for a in drawn for step, v in a.worst_case.items() if step > 0 or isinstance(a.arm, Oracle)]
+    if shown and not students[0].higher_is_better:  # unlearned models start anywhere: what follows matters
+        low, high = min(shown), max(shown)
         axes[0].set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
-    legend(figure, axes)
+        note += "; the axis ends above what is under attack, and the oracle"
+    legend(figure, axes, note)
     return figure
 
 
 UNLEARNED: Final = ("#D55E00", "unlearn")  # colour and name
 STUDENT: Final = ("#0072B2", "unlearn and distill")
 ORACLE: Final = ("#000000", "data filtering (oracle)")
+LINES: Final[dict[Summary, str]] = {
+    "worst case": "thin: each adversary; bold: the worst case over a model's adversaries",
+    "average": "thin: each adversary; bold: the average over a model's adversaries",
+}
 
 
 def curves(axis: "Axes", attacked: Attacked, look: tuple[str, str], bold: Summary = "worst case") -> None:
@@ -74,10 +82,3 @@ def curves(axis: "Axes", attacked: Attacked, look: tuple[str, str], bold: Summar
         axis.plot(list(curve), list(curve.values()), color=color, linewidth=0.6, alpha=0.4)
     summary = attacked.worst_case if bold == "worst case" else attacked.average
     axis.plot(list(summary), list(summary.values()), color=color, linewidth=2.2, label=name)
-
-
-def legend(figure: "Figure", axes: "list[Axes]") -> None:
-    """One for all panels, each name once, below them."""
-    found = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    columns = max(1, int(figure.get_figwidth() // 1.7))  # inches: the width of the longest name
-    figure.legend(found.values(), found.keys(), fontsize=8, loc="outside lower center", ncols=columns, frameon=False)

@@ -1,5 +1,8 @@
 """Colours and sizes of all figures: legible at column width, and without relying on red against green."""
 
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+from textwrap import fill
 from typing import Final
 
 import matplotlib
@@ -9,7 +12,8 @@ from matplotlib.figure import Figure  # without pyplot: files only, no display, 
 
 from undo.corrupt import Noise
 from undo.results.arms import Distilled, Oracle, Reference, Undo, Unlearned, method_of
-from undo.results.results import Attacked, Results
+from undo.results.attacked import Attacked, Result
+from undo.results.results import Results
 
 INK: Final = "#222222"
 COLORS: Final = {  # Okabe and Ito
@@ -37,6 +41,49 @@ def panels(count: int, columns: int = 4, sharey: bool = True) -> tuple[Figure, l
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25, linewidth=0.5)
     return figure, flat[:count]
+
+
+def legend(figure: Figure, axes: Iterable[Axes], note: str) -> None:
+    """One for all panels, each name once, below them; `note` says what lines and points are, and of which seeds.
+
+    The figure grows by what it takes.
+    """
+    found = {label: mark for axis in axes for mark, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    width, height = figure.get_size_inches()
+    names, note = list(found), fill(note, int(width / 0.05))
+    columns = next((n for n in range(len(names), 1, -1) if _width(names, n) < width), 1)
+    rows = -(-len(names) // columns)
+    figure.set_size_inches(width, height + 0.16 * (rows - 1 + len(note.splitlines())))
+    figure.legend(
+        found.values(),
+        names,
+        title=note,
+        title_fontsize=7,
+        fontsize=8,
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+    )
+
+
+def _width(names: Sequence[str], columns: int) -> float:
+    """About how wide a legend is, in inches: a mark with its margins, and the longest name of each column."""
+    rows, longer = divmod(len(names), columns)  # the first columns have one more
+    ends = [0, *accumulate(rows + (i < longer) for i in range(columns))]
+    return sum(0.55 + 0.063 * max(map(len, names[start:end])) for start, end in pairwise(ends))
+
+
+def of_one_seed(runs: Iterable[Attacked | Result]) -> str:
+    """For a figure that draws the first seed only."""
+    seeds = {(run.model if isinstance(run, Attacked) else run).seed for run in runs}
+    return f"seed {min(seeds)}" + (f", the first of {len(seeds)}" if len(seeds) > 1 else "")
+
+
+def over_seeds(groups: Iterable[Sequence[Attacked]], summary: str, what: str = "point") -> str:
+    """How many seeds stand behind each point or curve, and as what."""
+    counts = {len({a.model.seed for a in members}) for members in groups}
+    numbers = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+    return f"1 seed a {what}" if max(counts) == 1 else f"{numbers} seeds a {what}: {summary}"
 
 
 def color_of(attacked: Attacked, results: Results) -> str:
@@ -67,10 +114,9 @@ def describe(attacked: Attacked, results: Results) -> str:
     title = results.look(attacked.arm).title
     match attacked.arm:
         case Undo(alpha, beta, within=within):
-            if of_several_methods(results):
-                return f"UNDO of {title}"
-            noise = f"UNDO, α = {alpha:g}" + ("" if beta == Noise.model_fields["beta"].default else f", β = {beta:g}")
-            return noise + ("" if within in (results.within, None) else f", within {within:.0%}")
+            name = f"UNDO of {title}" if of_several_methods(results) else "UNDO"
+            noise = f"{name}, α = {alpha:g}" + ("" if beta == Noise.model_fields["beta"].default else f", β = {beta:g}")
+            return noise + ("" if within in (results.within, None) else f", within {100 * within:g} %")
         case Reference():
             return "reference"
         case Oracle():
@@ -79,8 +125,13 @@ def describe(attacked: Attacked, results: Results) -> str:
             return f"unlearn and distill, {title}"
         case Unlearned():
             several = sum(a.arm == attacked.arm and a.model.seed == attacked.model.seed for a in results.attacked) > 1
-            return f"{title}: {attacked.label}" if several else title
-    return attacked.label
+            return f"{title}: {plain(attacked.label)}" if several else title
+    return plain(attacked.label)
+
+
+def plain(text: str) -> str:
+    """Text of anybody's making: no formula in dollars, and no leading underscore, which hides it from a legend."""
+    return (" " + text if text.startswith("_") else text).replace("$", r"\$")
 
 
 def shade(share: float) -> str:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from undo.report.figures.missing import Missing
 from undo.results.arms import Undo
-from undo.results.results import Attacked, Curve, Results
+from undo.results.attacked import Attacked, Curve
+from undo.results.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,23 +32,27 @@ def adversaries(members: Iterable[Attacked]) -> dict[tuple[str, float], Curve]:
 def relearning_of_wmdp(results: Results) -> "Figure | Missing":
     """Figure 8: a panel a method; its best-retaining point and UNDO of it under every adversary, averaged over seeds.
 
-    Bold: the adversary that gets furthest by the last step. Dashed: the model before anything was unlearned.
+    Without such a pair: a panel for each attacked model. Bold: the adversary that gets furthest by the last step.
+    Dashed: the model before anything was unlearned.
     """
-    from undo.report.figures.style import INK, describe, panels
+    from undo.report.figures.style import INK, color_of, describe, legend, over_seeds, panels, plain
 
     groups: dict[str, list[Attacked]] = {}
     for attacked in results.attacked:
         groups.setdefault(attacked.label, []).append(attacked)
+    if not groups:
+        return Missing("an attacked model", "relearn", lambda arm: arm is not None, "relearn/*")
     pairs = _with_their_teachers(groups, results)
-    if not pairs:
-        return Missing(
-            "an attacked model and UNDO of it", "relearn", lambda arm: isinstance(arm, Undo), "relearn/undo_*"
-        )
-    figure, axes = panels(len(pairs))
-    figure.set_size_inches(0.8 + 3.2 * len(pairs), 3.2)
-    for axis, (teacher, student) in zip(axes, pairs, strict=True):
-        look = results.look(student[0].arm)
-        for members, color in ((teacher, look.color), (student, look.student_color)):
+    shown = pairs or [(members,) for members in groups.values()]
+    figure, axes = panels(len(shown))
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width * 1.3, height * 1.2)
+    for axis, models in zip(axes, shown, strict=True):
+        look = results.look(models[-1][0].arm)
+        for members in models:
+            student = pairs and isinstance(members[0].arm, Undo)
+            color = look.student_color if student else look.color if pairs else color_of(members[0], results)
+            who = f"{describe(members[0], results)}: " if pairs else ""  # a panel's title is the one model's name
             curves, best = adversaries(members), max if members[0].higher_is_better else min
             strongest = best(curves, key=lambda key, curves=curves: curves[key][max(curves[key])], default=None)
             for key, curve in curves.items():
@@ -60,16 +65,24 @@ def relearning_of_wmdp(results: Results) -> "Figure | Missing":
                     alpha=1 if bold else 0.45,
                     marker="o" if bold else None,
                     markersize=3,
-                    label=f"{describe(members[0], results)}; bold: {key[0]}, rate {key[1]:g}" if bold else None,
+                    label=f"{who}{_named(key)}" if bold else None,
                 )
         if "forget" in results.start:
             axis.axhline(results.start["forget"], color=INK, linewidth=0.8, linestyle="--", label="before unlearning")
-        axis.set_title(look.title, fontsize=9)
+        axis.set_title(look.title if pairs else plain(models[0][0].label), fontsize=9)
         axis.set_xlabel("relearning steps", fontsize=8)
     axes[0].set_ylabel(f"forget {results.attacked[0].unit}", fontsize=8)
-    found = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(found.values(), found.keys(), fontsize=7, loc="outside lower center", ncols=2, frameon=False)
+    drawn = [members for models in shown for members in models]
+    note = "thin: each adversary; bold, and named: the strongest at the last step"
+    legend(figure, axes, f"{note}; {over_seeds(drawn, 'mean', 'curve')}")
     return figure
+
+
+def _named(adversary: tuple[str, float]) -> str:
+    from undo.report.figures.style import plain
+
+    name, rate = adversary
+    return f"{plain(name)}, rate {rate:g}".removeprefix(", ")
 
 
 def _with_their_teachers(

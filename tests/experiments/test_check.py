@@ -1,0 +1,74 @@
+"""What is known to be wrong is said by --dry-run, and refused by the command, before anything is written."""
+
+import json
+
+import pytest
+
+from undo.config.mistakes import ConfigError
+from undo.settings import whole
+
+
+@pytest.fixture
+def run_all(tmp_path, monkeypatch, capsys):
+    """`run_all.py` with these arguments -> what it prints, or the reason why it refuses."""
+
+    def called(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["run_all.py", *arguments, "--runs", str(tmp_path / "runs")])
+        try:
+            assert whole.main() == 0
+        except ConfigError as error:
+            return f"error: {error}"
+        finally:
+            assert not (tmp_path / "runs").exists()
+        return capsys.readouterr().out
+
+    return called
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Two files of text, and a folder with no more of a tokenizer than its vocabulary."""
+    for name in ("one", "two"):
+        lines = (json.dumps({"text": f"{name}: document {i}, " + "word " * 50}) + "\n" for i in range(400))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "tokenizer").mkdir()
+    facts = {"model": {"vocab": {"a": 0, "b": 1, "<eos>": 2}}, "added_tokens": [{"content": "<eos>"}, {"content": "+"}]}
+    (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(facts))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ((), None),
+        (("prepare.data.forget.path={own}/gone.jsonl",), "data.forget: {own}/gone.jsonl: there is no such file"),
+        (("prepare.data.forget.path={own}",), "data.forget: {own}: is a folder; give its files, as in {own}/*.jsonl"),
+        (("prepare.data.forget.path={own}/one.jsonl",), "data.retain and data.forget are the same text"),
+        (("prepare.data.forget.column=body",), "data.forget: {own}/two.jsonl line 1: has no column 'body'"),
+        (("prepare.validation_share=1e-6",), "data.retain: no document of 50 tokens or more of"),
+        (("prepare.tokenizer={own}/none",), "tokenizer '{own}/none' is neither a folder with a tokenizer nor a hub id"),
+        (
+            ("prepare.tokenizer={own}/tokenizer", "pretrain.model.vocab_size=3"),
+            "pretrain/reference-seed_0: prepare/data has a vocabulary of 4, the model only 3",
+        ),
+    ],
+)
+def test_a_dry_run_says_what_the_command_would_refuse(run_all, own, changes, said):
+    data = [
+        f"prepare.data.{role}={{path: '{own}/{name}.jsonl'}}" for role, name in (("retain", "one"), ("forget", "two"))
+    ]
+    asked = ["language_small", *data, *(change.format(own=own) for change in changes)]
+    listed = run_all(*asked, "--dry-run")
+    assert "prepare/data" in listed  # the runs are shown all the same
+    if said is None:
+        assert "would be refused" not in listed
+    else:
+        assert f"would be refused: {said.format(own=own)}" in listed
+        assert f"error: {said.format(own=own)}" in run_all(*asked)
+
+
+def test_a_dry_run_names_a_few_reasons_and_counts_the_others(run_all):
+    listed = run_all("demo", "--dry-run", "pretrain.model.vocab_size=100")
+    lines = [line for line in listed.splitlines() if line.startswith("would be refused: ")]
+    assert len(lines) == 4
+    assert lines[-1].endswith(" more")
