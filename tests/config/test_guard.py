@@ -32,6 +32,7 @@ def test_output_that_is_lost_is_said_and_no_traceback(monkeypatch, capsys, flush
     monkeypatch.setattr(sys, "stdout", to("/dev/full") if output == "full" else pipe_without_a_reader())
     assert guarded(said if flushes else lambda: print("short") or 0) == 1
     assert guarded(lambda: 130) == 130
+    assert guarded(lambda: sys.exit(2)) == 2
     assert complaint in capsys.readouterr().err
     sys.stdout.close()  # Python's own end: nothing is left that could fail
 

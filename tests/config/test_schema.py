@@ -195,6 +195,15 @@ def test_points_are_filled_in_as_the_numbers_they_are():
         expand({**raw, "x": "{points.rmu.best.rate}"}, {}, "made.yaml")
 
 
+@pytest.mark.parametrize("path", ["[v2] korpus/a.jsonl", "*.jsonl", "{{x}}.jsonl", "~/x.jsonl", "a: b", "a #b", "2024"])
+def test_a_path_is_read_as_it_is_typed(path):
+    assert parse_overrides([f"data.retain.path={path}", f"p_path='{path}'"]) == {
+        "data.retain.path": path,
+        "p_path": path,
+    }
+    assert parse_overrides(["data.retain.path=null"]) == {"data.retain.path": None}
+
+
 def test_a_brace_that_stands_for_itself_is_written_twice():
     raw = {"name": "a", "path": "korpus {{x}}/{name}.jsonl"}
     assert expand(raw, {}, "made.yaml")[0]["path"] == "korpus {x}/a.jsonl"

@@ -55,6 +55,22 @@ def test_off_a_terminal_a_line_now_and_then_says_how_far_it_is(planned, capsys, 
         assert capsys.readouterr().out == "0 of 1 done; pretrain/x 3/6 loss 1.250\n"
 
 
+def test_records_that_are_none_stop_no_run(planned, capsys, monkeypatch):
+    (run,) = planned
+    monkeypatch.setattr(display, "QUIET_SECONDS", 0.0)
+    for text in (
+        '[1]\n"x"\n\0\0\n',
+        '{"loss": 1.0}\n',
+        '{"step": "?"}\n',
+        '{"step": 2, "loss": null, "retain": "x"}\n',
+    ):
+        (run.directory.folder / "metrics.jsonl").write_text(text)
+        with LiveTable(planned) as table:
+            table.changed(run.directory, "running", "cpu")
+            table.looked(None)
+    assert "pretrain/x 2/6\n" in capsys.readouterr().out
+
+
 def test_what_is_waited_for_is_said_once(planned, capsys):
     with LiveTable(planned) as table:
         for _ in range(3):

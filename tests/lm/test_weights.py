@@ -78,6 +78,17 @@ def test_weights_that_are_not_those_of_the_config_are_refused(folder, change):
     assert not run.model.exists()
 
 
+def test_a_tied_head_that_is_another_is_refused(tmp_path):
+    """One version of the library takes the head, another the embedding."""
+    disk.fresh(CONFIGS["llama-tied"], 0).save_pretrained(tmp_path)
+    weights, file = load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    disk.load(tmp_path)  # written twice, and one still
+    save_file(weights | {"lm_head.weight": torch.ones(448, 32)}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match="set tie_word_embeddings to false"):
+        disk.load(tmp_path)
+
+
 def test_what_tied_heads_and_old_checkpoints_leave_out_or_have_besides_is_no_mistake(tmp_path):
     disk.fresh(CONFIGS["llama-tied"], 0).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

@@ -219,11 +219,14 @@ def test_letters_taken_apart_are_said_with_their_share(corpus, prepared, tmp_pat
     data = {"retain": {"path": str(corpus / "retain.jsonl")}, "forget": {"path": write(tmp_path / "a.jsonl", texts)}}
     tokenizer = str(prepared.folder / "tokenizer")
     apart = make(tmp_path / "apart", corpus, data=data, tokenizer=tokenizer)
-    assert "train/forget: 100% of the documents have letters taken apart" in capsys.readouterr().out
+    said = "data.forget: 100% of the documents have letters taken apart"
+    assert said in capsys.readouterr().out
+    assert [note[: len(said)] for note in validate(Prepare, apart.config, "test").notes()] == [said]
     assert apart.facts["documents"]["forget"]["apart"] == DOCUMENTS
     data["forget"]["normalise"] = "NFC"
     together = make(tmp_path / "together", corpus, data=data, tokenizer=tokenizer)
     assert "taken apart" not in capsys.readouterr().out
+    assert not list(validate(Prepare, together.config, "test").notes())
     assert stored(together, "forget") == stored(prepared, "forget")
     assert apart.facts["tokens"]["train/forget"] > 1.5 * together.facts["tokens"]["train/forget"]
 

@@ -11,11 +11,10 @@ from undo.config.files import as_json, numbers
 from undo.config.mistakes import ConfigError
 from undo.report.claims import check
 from undo.report.figures import FIGURES
-from undo.report.figures.missing import Missing
 from undo.report.figures.wmdp import adversaries
 from undo.report.report import report
-from undo.results.attacked import worst_case
 from undo.results.frontier import pareto_front
+from undo.results.results import worst_case
 from undo.results.seeds import median
 from undo.results.selection import Point, across_the_frontier
 from undo.results.text import as_text
@@ -109,9 +108,3 @@ def test_a_model_without_a_finite_attack_is_called_diverged(tmp_path):
     assert "diverged" in report(results, check(results), [], [])
     for draw in FIGURES.values():
         draw(results)
-
-
-def test_figure_7_of_nothing_finite_is_missing(tmp_path):
-    made = World(tmp_path)
-    made.model("unlearn/m", "maxent", 0.9, retain=NAN, reference="pretrain/r", method={"name": "maxent"})
-    assert isinstance(FIGURES["fig7"](made.results()), Missing)

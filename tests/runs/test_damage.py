@@ -35,12 +35,17 @@ def one_line(error: pytest.ExceptionInfo[ConfigError]) -> str:
 
 
 def test_a_deletion_that_is_interrupted_leaves_a_run_that_is_not_done(tmp_path, monkeypatch):
-    run, _ = finished(tmp_path)
+    run, config = finished(tmp_path)
     monkeypatch.setattr(shutil, "rmtree", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run.remove()
-    assert (run.folder / "config.yaml").exists()
-    assert not run.done
+    assert not run.folder.exists()  # nor is a part of it taken for a part of the next
+    assert not list(tmp_path.rglob("run.json"))
+    monkeypatch.undo()
+    run.claim(config)
+    assert list(run.folder.parent.iterdir()) == [run.folder]
+    run.remove()
+    assert list(run.folder.parent.iterdir()) == []
 
 
 def test_what_cannot_be_deleted_is_an_error_with_its_place(tmp_path, monkeypatch):
@@ -202,6 +207,22 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, damage):
     assert "delete it to start this run afresh" in one_line(error)
     path.unlink()
     assert run.load_checkpoint() is None
+
+
+def test_a_checkpoint_does_not_go_on_from_a_parent_that_was_made_anew(tmp_path):
+    """Half of the run would be the old one's child."""
+    parent = RunDirectory(tmp_path, "tiny", "prepare/data")
+    parent.folder.mkdir(parents=True)
+    (parent.folder / "run.json").write_text('{"identity": "first"}')
+    run, config = make(tmp_path)
+    run.save_checkpoint({"w": torch.ones(3)}, {"step": 1})
+    run.open(config)
+    assert run.load_checkpoint() is not None
+    (parent.folder / "run.json").write_text('{"identity": "second"}')
+    run.open(config)
+    with pytest.raises(ConfigError, match="was made from another prepare/data than there is now") as error:
+        run.load_checkpoint()
+    assert "delete it to start this run afresh" in one_line(error)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])

@@ -19,6 +19,8 @@ def guarded(action: Callable[[], int]) -> int:
         _complain(str(error))
     except KeyboardInterrupt:
         status = 130
+    except SystemExit as error:  # argparse, after help or a mistake
+        status = error.code if isinstance(error.code, int) else int(bool(error.code))
     except OSError:
         if (lost := _lost("\n")) is None:  # the error was not of our output
             raise

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Final, Literal, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -107,6 +108,10 @@ class StageConfig(Frozen):
 
     def check(self) -> None:
         """Raises ConfigError for mistakes outside the config, such as missing files, before anything starts."""
+
+    def notes(self) -> Iterable[str]:
+        """What to know before the run starts, of a config that passes `check`: a line each."""
+        return ()
 
     def parents(self) -> tuple[str, ...]:
         """The names of the runs whose results this one reads: all fields of type RunName, in order."""

@@ -48,18 +48,24 @@ def read_yaml(path: Path) -> Raw:
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """["training.steps=5", ...] -> {"training.steps": 5, ...}, values read as YAML."""
+    """["training.steps=5", ...] -> {"training.steps": 5, ...}, values read as YAML, but paths as they are typed.
+
+    A path may begin with * or [, which mean something else in YAML.
+    """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     parsed = {}
     for text in overrides:
-        key, equals, _ = text.partition("=")
+        key, equals, typed = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w.\-]*", key):
             raise ConfigError(f"{text!r} is not key=value; example: training.steps=50")
+        if key.endswith("path") and typed not in ("", "null") and typed[0] not in "'\"":
+            parsed[key] = typed
+            continue
         try:
-            value = _plain(OmegaConf.from_dotlist([f"value={text[len(key) + 1 :]}"]), key)
+            value = _plain(OmegaConf.from_dotlist([f"value={typed}"]), key)
         except RecursionError:
             raise ConfigError(f"{key}: the value is nested too deeply") from None
         except (yaml.YAMLError, OmegaConfBaseException) as error:

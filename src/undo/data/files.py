@@ -235,9 +235,9 @@ def _parquet(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[str, R
                 # what a dictionary holds once may be in every row: few rows at a time, however small the file is
                 at_once = min(ROWS_AT_ONCE, BYTES_AT_ONCE * facts.num_rows // max(facts.total_byte_size, 1))
                 for batch in table.iter_batches(max(at_once, 1), row_groups=[group], columns=columns):
+                    parts = {name: batch.column(name) for name in columns or there}
                     for index in range(len(batch)):
-                        row = {name: batch.column(name)[index].as_py() for name in columns or there}
-                        yield f"{file} row {number}", row
+                        yield f"{file} row {number}", {name: part[index].as_py() for name, part in parts.items()}
                         number += 1
         except pyarrow.ArrowInvalid as error:
             raise ConfigError(f"{file}: is not a parquet file, or is damaged: {str(error).splitlines()[0]}") from None

@@ -101,6 +101,7 @@ def launch(
         show_refusals(runs, costs)
         return 0
     check(runs, args.force, kept, costs)
+    show_notes(runs)
     if said := precision_note(runs):
         print(said)
     with LiveTable(runs) as display:
@@ -120,6 +121,11 @@ def precision_note(runs: Sequence[PlannedRun]) -> str | None:
     return precision.note("bf16", "fp32")
 
 
+def show_notes(runs: Sequence[PlannedRun]) -> None:
+    for text in dict.fromkeys(note for run in runs if not run.directory.done for note in run.config.notes()):
+        print(f"note: {text}")
+
+
 def show_refusals(runs: Sequence[PlannedRun], costs: Costs) -> None:
     """What --dry-run knows to be wrong with the runs that it lists."""
     found = list(dict.fromkeys(map(str, refusals(runs, costs))))
@@ -127,6 +133,8 @@ def show_refusals(runs: Sequence[PlannedRun], costs: Costs) -> None:
         print(f"would be refused: {text}")
     if len(found) > REFUSALS:
         print(f"would be refused: {len(found) - REFUSALS} more")
+    if not found:
+        show_notes(runs)
 
 
 def show(runs: Sequence[PlannedRun], costs: Costs) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from undo.config.units import duration
 from undo.experiments.plan import PlannedRun
@@ -47,7 +48,7 @@ class LiveTable:
             self._say(f"{skipped} of {len(self._state)} runs were done before")
         return self
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str | Text) -> None:
         """One line. What becomes of our output does not concern the runs: config/guard.py reports it at the end."""
         self._spoke = time.monotonic()
         with suppress(OSError, ValueError):
@@ -66,7 +67,7 @@ class LiveTable:
             if state == "failed" and self._detail[name].startswith("not run"):
                 not_run.setdefault(self._detail[name], []).append(name)
             elif state == "failed":
-                self._say(f"failed {name}: {self._detail[name]}")
+                self._say(Text.assemble(("failed", "red"), f" {name}: {self._detail[name]}"))
                 self._say(f"       log: {self._planned[name].directory.log}")
         for reason, names in not_run.items():  # one cause, one line
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -149,7 +150,7 @@ class LiveTable:
                 left = duration((time.monotonic() - began) / (step - first) * (steps - step))
         else:
             left = "took " + duration(self._seconds.get(name, 0))
-        numbers = (f"{last[key]:.3f}" if key in last else "" for key in ("loss", "retain", "forget"))
+        numbers = (f"{last[k]:.3f}" if isinstance(last.get(k), float) else "" for k in ("loss", "retain", "forget"))
         return (f"{step}/{steps}", *numbers, left)
 
 
@@ -170,11 +171,11 @@ def _last_line(path: Path) -> str:
 
 
 def _last(run: RunDirectory) -> dict[str, Any]:
-    """The latest value of every key in the last lines of the run's metrics."""
+    """The latest value of every key in the last lines of the run's metrics; a line that is none is passed over."""
     merged: dict[str, Any] = {}
     for line in _tail(run.folder / "metrics.jsonl"):
-        try:
-            merged |= json.loads(line)
-        except ValueError:  # the first line of the tail is rarely whole
-            continue
+        with suppress(ValueError):  # the first line of the tail is rarely whole
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                merged |= record
     return merged

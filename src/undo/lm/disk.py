@@ -44,6 +44,7 @@ def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> PreTrainedM
         raise ConfigError(f"{folder}: cannot be loaded ({str(error).strip().splitlines()[0][:200]})") from error
     model, report = loaded
     require_fit(folder, report)
+    require_one_head(folder, model)
     require_finite(folder, model)
     return model.eval()
 
@@ -58,6 +59,17 @@ def _without_its_report() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def require_one_head(folder: Path, model: PreTrainedModel) -> None:
+    """Raises ConfigError where the config ties the head to the embedding, and the files hold two different ones."""
+    tied = model.config.tie_word_embeddings and model._tied_weights_keys
+    head, embedding = (cast(nn.Linear, part) for part in (model.get_output_embeddings(), model.get_input_embeddings()))
+    if tied and head is not None and head.weight is not embedding.weight:
+        raise ConfigError(
+            f"{folder}: its config.json ties the head to the embedding, but its weights hold two different ones\n"
+            f"set tie_word_embeddings to false there if the model has a head of its own, or leave that head out"
+        )
 
 
 def require_finite(what: Path | str, model: nn.Module) -> None:

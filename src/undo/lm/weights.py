@@ -4,6 +4,7 @@ Nothing here needs torch, so that a folder's mistakes are known before anything 
 """
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +21,7 @@ PREFIXES: Final = {  # of all names of weights -> who puts it there, and the cur
     "base_model.model.": ("peft", "merge the adapter first: model.merge_and_unload().save_pretrained(...)"),
     "_orig_mod.": ("torch.compile", "save the model inside it: model._orig_mod.save_pretrained(...)"),
 }
+DTYPES: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 NAMED: Final = 3  # weights of each kind in a message
 
 
@@ -58,6 +60,18 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         _check(file)
     return files
+
+
+def stored_dtype(folder: Path) -> str:
+    """What most tensors in a model's files are: float32, bfloat16, float16, or another kind in the files' own word."""
+    from safetensors import safe_open
+
+    found = Counter[str]()
+    for file in weight_files(folder):
+        with safe_open(file, framework="np") as opened:
+            found.update(opened.get_slice(name).get_dtype() for name in opened.keys())  # noqa: SIM118  # not a dict
+    kind = found.most_common(1)[0][0] if found else "F32"
+    return DTYPES.get(kind, kind)
 
 
 def _shards(index: Path) -> list[str]:

@@ -5,6 +5,8 @@ Reads no more than the beginning of each file; of the hub, `reach` alone.
 
 import filecmp
 import json
+import unicodedata
+from collections.abc import Iterator
 from functools import cache
 from itertools import chain, combinations, islice
 from pathlib import Path
@@ -17,6 +19,8 @@ from undo.data.files import read_texts
 from undo.prepare_data.text import Place, Source, Texts
 
 TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # a folder of one has one of these
+FIRST: Final = 200  # documents of a place that are looked at for letters taken apart
+MANY_APART: Final = 0.01  # documents of these, from which on it is said
 MOST: Final = 1 << 16  # documents that are looked at, of a role
 
 
@@ -56,6 +60,24 @@ def reach(cfg: Texts) -> None:
             next(place.all_texts())
 
 
+def taken_apart(cfg: Texts) -> Iterator[str]:
+    """A line for each role of local files whose first documents have letters taken apart."""
+    for role, source in cfg.data.items():
+        if any(place.normalise is not None or not place.files() for place in source.places.values()):
+            continue
+        texts = chain.from_iterable(islice(place.all_texts(), FIRST) for place in source.places.values())
+        apart = [not unicodedata.is_normalized("NFC", text) for text in texts]
+        if (share := sum(apart) / max(len(apart), 1)) >= MANY_APART:
+            yield apart_in_words(role, share)
+
+
+def apart_in_words(role: Role, share: float) -> str:
+    return (
+        f"data.{role}: {share:.0%} of the documents have letters taken apart (not NFC), which may take several times "
+        f"the tokens; data.{role}.normalise=NFC puts them together"
+    )
+
+
 def _same(one: Source, other: Source) -> bool:
     """Whether two roles read the same columns of the same files, or of copies of them, or of one dataset."""
     pairs = list(zip(one.places.values(), other.places.values(), strict=False))
@@ -83,7 +105,10 @@ def check_enough(cfg: Texts, role: Role) -> None:
     texts = chain.from_iterable(place.all_texts() for place in source.places.values())
     # a token has a byte at least, and a few tokens stand around a document
     long_enough = (text for text in islice(texts, source.documents) if len(text.encode()) + 4 >= cfg.shortest)
-    found = sum(1 for _ in islice(long_enough, needed))
+    try:
+        found = sum(1 for _ in islice(long_enough, needed))
+    except ConfigError as error:
+        raise ConfigError(f"data.{role}: {error}") from None
     if found < needed:
         raise too_little(cfg, role, "validation" if found else "training", found)
 

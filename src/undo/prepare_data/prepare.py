@@ -12,7 +12,7 @@ from undo.config.mistakes import ConfigError
 from undo.config.schema import ROLES, Count, Frozen, RunName
 from undo.data.problems import OPERATIONS, write_problems
 from undo.prepare_data.arithmetic import ArithmeticWorld
-from undo.prepare_data.preconditions import check_texts, check_tokenizer, reach, vocabulary_of
+from undo.prepare_data.preconditions import check_texts, check_tokenizer, reach, taken_apart, vocabulary_of
 from undo.prepare_data.text import Texts
 from undo.prepare_data.tokenizer import fetch_tokenizer, load_tokenizer, train_byte_pairs, train_words
 from undo.runs.directory import RunDirectory
@@ -58,6 +58,9 @@ class Prepare(Texts):
         if isinstance(self.tokenizer, str):
             check_tokenizer(self.tokenizer)
         check_texts(self)
+
+    def notes(self) -> Iterator[str]:
+        return taken_apart(self)
 
     @model_validator(mode="after")
     def _every_role_has_one_origin(self) -> Self:

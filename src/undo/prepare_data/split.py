@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,13 +19,11 @@ from undo.data import store
 from undo.data.ends import Ends
 from undo.data.store import StoreWriter, TokenStore, batched, pack
 from undo.prepare_data.documents import Fingerprints, documents, fingerprint
-from undo.prepare_data.preconditions import too_little
+from undo.prepare_data.preconditions import MANY_APART, apart_in_words, too_little
 from undo.prepare_data.text import Texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MANY: Final = 0.01  # documents with letters taken apart, from which on it is said
 
 
 class Split:
@@ -122,12 +120,8 @@ class Split:
                 f"{facts['left_out']:,} copies of validation documents are left out",
                 flush=True,
             )
-        if (share := facts["apart"] / self.read) >= MANY:
-            print(
-                f"train/{self.role}: {share:.0%} of the documents have letters taken apart (not NFC), which may take "
-                f"several times the tokens; put them together with data.{self.role}.normalise=NFC",
-                flush=True,
-            )
+        if (share := facts["apart"] / self.read) >= MANY_APART:
+            print(apart_in_words(self.role, share), flush=True)
         for mark in self.validation:  # other roles are compared with both
             self.training.add(mark)
         self.training.write()

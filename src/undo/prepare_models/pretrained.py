@@ -8,7 +8,7 @@ from undo.config import mirror
 from undo.config.mistakes import ConfigError
 from undo.config.schema import StageConfig
 from undo.lm.shape import Shape
-from undo.lm.weights import is_adapter, weight_files
+from undo.lm.weights import is_adapter, stored_dtype, weight_files
 from undo.prepare_models.adapter import merged, model_under
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
@@ -77,10 +77,12 @@ def fetch(cfg: Base, run: Run) -> None:
 
     folder = located(cfg.place)
     if is_adapter(folder):
-        dtype = merge(folder, located(model_under(folder, cfg.base_model)), run)
+        came = located(model_under(folder, cfg.base_model))
+        merge(folder, came, run)
     else:
+        came = folder
         read_config(folder)
-        dtype = str(load(folder, None).dtype)  # or refused here, rather than in the stages that start from it
+        load(folder, None)  # or refused here, rather than in the stages that start from it
         run.model.unlink(missing_ok=True)
         run.model.symlink_to(folder)
     facts = read_config(run.model)
@@ -88,7 +90,7 @@ def fetch(cfg: Base, run: Run) -> None:
         source=str(folder),
         architecture=facts["architectures"][0],
         vocab_size=facts["vocab_size"],
-        dtype=dtype.removeprefix("torch."),
+        dtype=stored_dtype(came),
     )
 
 
@@ -97,18 +99,16 @@ def located(model: str) -> Path:
     return Path(model).expanduser().resolve() if is_local(model) else download(model)
 
 
-def merge(adapter: Path, under: Path, run: Run) -> str:
-    """Leave an adapter's model in the run, in fp32, with the adapter's tokenizer if it has one -> the dtype it came in.
+def merge(adapter: Path, under: Path, run: Run) -> None:
+    """Leave an adapter's model in the run, in fp32, with the adapter's tokenizer if it has one.
 
     Rounded to the base model's dtype, small changes would be lost.
     """
-    from undo.lm.disk import read_config as library_config
     from undo.lm.disk import save
     from undo.lm.vocabulary import tokenizer_files
 
     read_config(under)
     save(merged(adapter, under), adapter if tokenizer_files(adapter) else under, run.model, like=under)
-    return str(library_config(under).dtype or "float32")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Checksums of models and checkpoints, so that a flipped byte on a disk is not taken for a weight.
 
 They find damage, not malice: XXH3 with 128 bits, made of 500 MB in 0.05 s where SHA-256 takes 0.45 s (2026-11, one core
-of an AMD EPYC with SHA instructions). So they are always on.
+of an Intel Xeon with SHA instructions). So they are always on.
 """
 
 from collections.abc import Mapping

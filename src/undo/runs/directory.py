@@ -98,9 +98,10 @@ class RunDirectory:
     @property
     def _failure(self) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / "failure.json").read_text())
+            found = json.loads((self.folder / "failure.json").read_text())
         except (OSError, ValueError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     @property
     def diverged(self) -> bool:
@@ -191,6 +192,7 @@ class RunDirectory:
         self._refuse_links()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_remains()
             write_atomically(self.folder / "config.yaml", dump_yaml(wanted))
         except OSError as error:
             raise ConfigError(
@@ -247,7 +249,8 @@ class RunDirectory:
             return not free
 
     def remove(self) -> None:
-        """Delete the run. What marks it as done goes first and for good, so that half a run is never taken for one.
+        """Delete the run. What marks it as done goes first and for good, then its name all at once, so that half a run
+        is never taken for one, nor its remains for parts of the next.
 
         Of a folder that is a symbolic link only the link goes. Raises ConfigError for what cannot be deleted.
         """
@@ -258,12 +261,24 @@ class RunDirectory:
                 mark = self.folder / "run.json"
                 shutil.rmtree(mark) if mark.is_dir() and not mark.is_symlink() else mark.unlink(missing_ok=True)
                 sync(self.folder)
-                shutil.rmtree(self.folder)
+                self._remove_remains()
+                self.folder.rename(self._remains)
+                sync(self.folder.parent)
+            self._remove_remains()
         except OSError as error:
             raise ConfigError(
                 f"{error.filename or self.folder}: cannot be deleted ({error.strerror or error})\n"
                 f"delete {self.folder} yourself, or choose another place with --runs"
             ) from None
+
+    @property
+    def _remains(self) -> Path:
+        """Where a run lies while it is deleted; no run's name begins with a dot."""
+        return self.folder.with_name(f".{self.folder.name}.deleted")
+
+    def _remove_remains(self) -> None:
+        if self._remains.exists():
+            shutil.rmtree(self._remains)
 
     @contextmanager
     def lock(self, wait: bool) -> Iterator[bool]:

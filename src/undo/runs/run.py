@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any, ClassVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Final
 
 import xxhash
 
@@ -24,6 +24,9 @@ from undo.runs.tracking import open_tracker
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+RUN: Final = "run"  # what the run itself notes in a checkpoint, beside the loop's progress
 
 
 class Run(RunDirectory):
@@ -42,6 +45,7 @@ class Run(RunDirectory):
         self.forget_failure()
         self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115  # until finish()
         self._recorded = xxhash.xxh3_128()
+        self._parents = {name: self.sibling(name).identity() for name in config.parents()}  # as they are when it begins
         self._seconds_before = 0.0
         self._tracker = open_tracker(self, config)
 
@@ -70,9 +74,13 @@ class Run(RunDirectory):
 
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
-        records = {"metrics_bytes": self._metrics.tell(), "metrics_checksum": self._recorded.hexdigest()}
-        seconds = self._seconds_before + time.monotonic() - self._started
-        note = as_json({**progress, **records, "seconds": seconds})
+        ours = {
+            "metrics_bytes": self._metrics.tell(),
+            "metrics_checksum": self._recorded.hexdigest(),
+            "seconds": self._seconds_before + time.monotonic() - self._started,
+            "parents": self._parents,
+        }
+        note = as_json({**progress, RUN: ours})
         self._checkpoint.parent.mkdir(exist_ok=True)
         partial = self._checkpoint.with_suffix(".partial")
         save_file(dict(tensors), partial, {"progress": note, "checksum": checksums.of_tensors(tensors, note)})
@@ -83,16 +91,21 @@ class Run(RunDirectory):
     def load_checkpoint(self) -> "tuple[dict[str, Tensor], dict[str, Any]] | None":
         """The last checkpoint's tensors and progress. metrics.jsonl is cut back to that point. None: start afresh.
 
-        Raises ConfigError if either file is not what was saved.
+        Raises ConfigError if either file is not what was saved, or if a parent has been made anew since.
         """
         saved = self._read_checkpoint()
         size, self._recorded = 0, xxhash.xxh3_128()
         if saved is not None:
-            size, wanted = saved[1].pop("metrics_bytes"), saved[1].pop("metrics_checksum")
-            self._seconds_before = saved[1].pop("seconds")
+            ours = saved[1].pop(RUN)
+            size, self._seconds_before = ours["metrics_bytes"], ours["seconds"]
+            if anew := [name for name, identity in self._parents.items() if ours["parents"].get(name) != identity]:
+                raise ConfigError(
+                    f"{self._checkpoint}: was made from another {anew[0]} than there is now\n"
+                    f"delete it to start this run afresh"
+                )
             with open(self._metrics.name, "rb") as file:
                 self._recorded.update(file.read(size))
-            if self._recorded.hexdigest() != wanted:
+            if self._recorded.hexdigest() != ours["metrics_checksum"]:
                 raise ConfigError(
                     f"{self._metrics.name}: is damaged: it does not begin with the {size:,} bytes that were recorded "
                     f"before the checkpoint\ndelete {self._checkpoint} to start this run afresh"
@@ -148,14 +161,13 @@ class Run(RunDirectory):
     def finish(self, **facts: Any) -> None:
         """Write run.json, which marks the run as done. `facts` come from the stage, such as steps and FLOPs."""
         config = self.configured
-        parents = {name: self.sibling(name).identity() for name in config.parents()}
         self._metrics.close()
         self._tracker.finish()
         content = {
             "name": self.name,
             "variant": config.variant,
-            "identity": identity_of(as_raw(config), parents),
-            "parents": parents,
+            "identity": identity_of(as_raw(config), self._parents),
+            "parents": self._parents,
             **facts,
             "checksums": checksums.of_run(self.folder),
             "seconds": round(self._seconds_before + time.monotonic() - self._started, 3),
@@ -183,8 +195,7 @@ class Follower(Run):
     def load_checkpoint(self) -> "tuple[dict[str, Tensor], dict[str, Any]] | None":
         saved = self._read_checkpoint()
         if saved is not None:
-            for key in ("metrics_bytes", "metrics_checksum", "seconds"):
-                del saved[1][key]
+            del saved[1][RUN]
         return saved
 
     def finish(self, **facts: Any) -> None:

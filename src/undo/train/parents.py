@@ -1,7 +1,7 @@
 """What a run takes from its parents (models, token stores, shapes), and the model that it leaves behind."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import ROLES, Role, RunName, Training
@@ -9,7 +9,7 @@ from undo.lm.shape import Shape
 from undo.runs import precision
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
-from undo.train.stage import TrainingStage
+from undo.train.stage import SaveDtype, TrainingStage
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,8 @@ def saved_dtype(cfg: TrainingStage, run: RunDirectory) -> "torch.dtype":
     """The dtype of the weights in the run's model folder."""
     import torch
 
-    return getattr(torch, input_dtype(run, cfg.parents()) if cfg.save_dtype == "auto" else cfg.save_dtype)
+    name = input_dtype(run, cfg.parents()) if cfg.save_dtype == "auto" else cfg.save_dtype
+    return getattr(torch, name if name in get_args(SaveDtype) else "float32")  # not in eight bits
 
 
 def input_dtype(run: RunDirectory, parents: Iterable[str]) -> str:

@@ -96,8 +96,9 @@ def _scaling(axis: "Axes", results: Results, groups: dict[float | None, list[Att
             label="unlearn and distill" if alpha is None else f"α = {alpha:g}",
         )
         if alpha is not None:
-            points.append((x, y))
-    axis.plot([p[0] for p in points], [p[1] for p in points], color=INK, linewidth=0.8, alpha=0.5, zorder=0)
+            points.append((alpha, x, y))
+    points.sort()
+    axis.plot([p[1] for p in points], [p[2] for p in points], color=INK, linewidth=0.8, alpha=0.5, zorder=0)
     axis.axhline(1, color=INK, linewidth=0.8, linestyle=":", label="data filtering: robustness 1")
     axis.set_xlabel("compute: training tokens / those of data filtering", fontsize=8)
     axis.set_ylabel("robustness to relearning", fontsize=8)

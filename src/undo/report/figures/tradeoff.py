@@ -1,7 +1,7 @@
 """Figure 7: retain against forget performance, before the attack and under it."""
 
-import math
 from collections.abc import Mapping, Sequence
+from math import inf, isfinite, nan
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from undo.report.figures.missing import Missing
@@ -35,21 +35,19 @@ def retain_against_forget(results: Results) -> "Figure | Missing":
     from undo.report.figures.style import INK, describe, legend, over_seeds, panels
     from undo.results.frontier import pareto_front
 
-    chosen = results.attack_steps
-    groups = {
-        label: members
-        for label, members in (_beside(results) | results.compared).items()
-        if all(math.isfinite(a.before("retain") or 0.0) and a.worst_case.keys() >= {*chosen} for a in members)
-    }  # none that diverged
-    if not chosen or not groups.keys() & results.compared.keys():
+    if not results.compared or not results.attack_steps:
         return Missing(
             "an attacked model that something was unlearned in",
             "relearn",
             lambda arm: isinstance(arm, Unlearned),
             "relearn/unlearned*",
         )
-    looks = _looks(groups, results)
-    every = {step: {label: _spread([a.worst_case[step] for a in groups[label]]) for label in groups} for step in chosen}
+    groups = _beside(results) | results.compared
+    chosen, looks = results.attack_steps, _looks(groups, results)
+    every = {
+        step: {label: _spread([a.worst_case.get(step, nan) for a in groups[label]]) for label in groups}
+        for step in chosen
+    }
     edge = _edge({step: [y.middle for y in ys.values()] for step, ys in every.items()})
     figure, axes = panels(len(chosen))
     width, height = figure.get_size_inches()
@@ -91,7 +89,9 @@ class _Spread(NamedTuple):
 
 
 def _spread(values: Sequence[float]) -> _Spread:
-    return _Spread(min(values), median(values), max(values))
+    """NaN where a seed is not finite: such a point is not drawn."""
+    middle = median(values)
+    return _Spread(min(values), middle, max(values)) if isfinite(middle) else _Spread(nan, nan, nan)
 
 
 def _bars(values: _Spread) -> list[list[float]] | None:
@@ -102,7 +102,7 @@ def _bars(values: _Spread) -> list[list[float]] | None:
 
 def _beside(results: Results) -> dict[str, list[Attacked]]:
     """References and oracles whose retain performance is known in the unit of the others', by label."""
-    unit = next((members[0].before_unit for members in results.compared.values()), None)
+    unit = next(iter(results.compared.values()))[0].before_unit
     groups: dict[str, list[Attacked]] = {}
     for kind in (Reference, Oracle):
         for attacked in results.attacked_as(kind):
@@ -113,11 +113,13 @@ def _beside(results: Results) -> dict[str, list[Attacked]]:
 
 def _edge(heights: Mapping[int, Sequence[float]]) -> float:
     """Where the axis ends: the panels under attack keep a quarter of it."""
-    under_attack = [y for step, ys in heights.items() if step > 0 for y in ys]
-    every = [y for ys in heights.values() for y in ys]
+    under_attack = [y for step, ys in heights.items() if step > 0 for y in ys if isfinite(y)]
+    every = [y for ys in heights.values() for y in ys if isfinite(y)]
+    if not every:
+        return inf
     low, high = min(every), max(under_attack, default=max(every))
     edge = low + 4 * (high - low)
-    return edge if max(every) > edge else math.inf
+    return edge if max(every) > edge else inf
 
 
 def _looks(groups: Mapping[str, Sequence[Attacked]], results: Results) -> dict[str, dict[str, Any]]:
