@@ -5,6 +5,8 @@ import json
 import pytest
 
 from undo.config.mistakes import ConfigError
+from undo.experiments import cli
+from undo.runs.run import Run
 from undo.settings import whole
 
 
@@ -48,8 +50,8 @@ def own(tmp_path):
         (("prepare.validation_share=1e-6",), "data.retain: no document of 50 tokens or more of"),
         (("prepare.tokenizer={own}/none",), "tokenizer '{own}/none' is neither a folder with a tokenizer nor a hub id"),
         (
-            ("prepare.tokenizer={own}/tokenizer", "pretrain.model.vocab_size=3"),
-            "pretrain/reference-seed_0: prepare/data has a vocabulary of 4, the model only 3",
+            ("prepare.tokenizer={own}/tokenizer", "pretrain.model.vocab_size=2"),
+            "pretrain/reference-seed_0: prepare/data has a vocabulary of 3, the model only 2",
         ),
     ],
 )
@@ -72,3 +74,36 @@ def test_a_dry_run_names_a_few_reasons_and_counts_the_others(run_all):
     lines = [line for line in listed.splitlines() if line.startswith("would be refused: ")]
     assert len(lines) == 4
     assert lines[-1].endswith(" more")
+
+
+def test_a_dry_run_knows_a_run_that_was_made_with_other_values(tmp_path, monkeypatch, capsys):
+    """As after an upgrade that changed a default: what is done differs, and the first difference is named."""
+
+    def asked(*arguments: str) -> list[str]:
+        return ["demo", "--only", "pretrain/reference*", "--runs", str(tmp_path), *arguments]
+
+    def says(*arguments: str) -> dict[str, str]:
+        monkeypatch.setattr("sys.argv", ["run_all.py", *asked(*arguments), "--dry-run"])
+        assert whole.main() == 0
+        lines = capsys.readouterr().out.splitlines()
+        states = {line.split()[0]: line for line in lines[1:3]}
+        found = {name: next(s for s in ("done", "to do", "differs") if s in line) for name, line in states.items()}
+        return found | {"refused": "\n".join(line for line in lines if "would be refused" in line)}
+
+    assert says() == {"prepare/data": "to do", "pretrain/reference-seed_0": "to do", "refused": ""}
+    runs, _ = whole.planned(cli.parser("", "").parse_intermixed_args(asked()))
+    for run in runs:
+        made = Run.at(run.directory.folder)
+        made.claim(run.config)
+        made.open(run.config)
+        made.finish(vocab_size=448)
+    assert says() == {"prepare/data": "done", "pretrain/reference-seed_0": "done", "refused": ""}
+    other = says("pretrain.training.steps=7")
+    assert other["pretrain/reference-seed_0"] == "differs"
+    assert "exists with another config: training.steps: 500 -> 7" in other["refused"]
+    assert says("pretrain.training.steps=7", "--force")["refused"] == ""
+    older = says("prepare.length=16")
+    assert (older["prepare/data"], older["pretrain/reference-seed_0"]) == ("differs", "done")
+    facts = json.loads((tmp_path / "demo/prepare/data/run.json").read_text())
+    (tmp_path / "demo/prepare/data/run.json").write_text(json.dumps(facts | {"identity": "made anew"}))
+    assert says()["pretrain/reference-seed_0"] == "differs"

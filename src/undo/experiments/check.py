@@ -20,10 +20,10 @@ def check(planned: Sequence[PlannedRun], force: bool, kept: Collection[str] = ()
 
     `force` removes the runs first, except those whose names are in `kept`.
     """
-    for error in refusals(planned, costs):
+    forced = {run.name for run in planned if force} - set(kept)
+    for error in refusals(planned, costs, forced):
         raise error
     check_card()
-    forced = {run.name for run in planned if force} - set(kept)
     for run in planned:
         if run.name in forced and run.directory.is_held():
             raise ConfigError(f"{run.name} is being run by another launcher; --force would destroy its work")
@@ -31,22 +31,21 @@ def check(planned: Sequence[PlannedRun], force: bool, kept: Collection[str] = ()
         if run.name in forced:
             run.directory.remove()
         run.directory.claim(run.config)
-        if run.directory.done and (parent := run.directory.is_stale(run.config)):
-            raise ConfigError(
-                f"{run.name} was made from a {parent} that has since been made anew with other settings\n"
-                f"make it again with: {command_for(run.name, run.directory.setting)} --force"
-            )
 
 
-def refusals(planned: Sequence[PlannedRun], costs: Costs | None = None) -> Iterator[ConfigError]:
+def refusals(
+    planned: Sequence[PlannedRun], costs: Costs | None = None, forced: Collection[str] = ()
+) -> Iterator[ConfigError]:
     """Why the runs would be refused at once, one reason for each; nothing is written.
 
-    With `costs`, which knows what they train, vocabularies are compared, too.
+    With `costs`, which knows what they train, vocabularies are compared, too. `forced`: runs that --force makes anew.
     """
     names = {run.name for run in planned}
     for run in planned:
         try:
             _check(run, names)
+            if run.name not in forced:
+                check_made(run, forced)
             if costs is not None:
                 check_vocabulary(run, costs)
         except ConfigError as error:
@@ -69,6 +68,19 @@ def _check(run: PlannedRun, names: Collection[str]) -> None:
             )
         if parent not in names:
             run.directory.sibling(parent).identity()  # now, not when hours of training are to be recorded
+
+
+def check_made(run: PlannedRun, forced: Collection[str] = ()) -> None:
+    """Raises ConfigError if the folder holds a run of another config, or of a parent that is another now."""
+    run.directory.check_claim(run.config)
+    if not run.directory.done:
+        return
+    parent = run.directory.is_stale(run.config)
+    if parent is not None and parent not in forced:
+        raise ConfigError(
+            f"{run.name} was made from a {parent} that has since been made anew with other settings\n"
+            f"make it again with: {command_for(run.name, run.directory.setting)} --force"
+        )
 
 
 def check_vocabulary(run: PlannedRun, costs: Costs) -> None:

@@ -9,7 +9,7 @@ from undo.config import mirror
 from undo.config.mistakes import ConfigError
 from undo.config.sweep import parse_overrides
 from undo.config.units import aligned, si
-from undo.experiments.check import check, jobs, refusals
+from undo.experiments.check import check, check_made, jobs, refusals
 from undo.experiments.choose import pick, wanted
 from undo.experiments.costs import Cost, Costs
 from undo.experiments.plan import PlannedRun, beside_the_main, find_configs, plan
@@ -98,7 +98,7 @@ def launch(
     costs = Costs(runs, configs, stages, parse_overrides(args.overrides).get("base.model"))
     if args.dry_run:
         show(runs, costs)
-        show_refusals(runs, costs)
+        show_refusals(runs, costs, {run.name for run in runs if args.force} - set(kept))
         return 0
     check(runs, args.force, kept, costs)
     show_notes(runs)
@@ -126,15 +126,24 @@ def show_notes(runs: Sequence[PlannedRun]) -> None:
         print(f"note: {text}")
 
 
-def show_refusals(runs: Sequence[PlannedRun], costs: Costs) -> None:
+def show_refusals(runs: Sequence[PlannedRun], costs: Costs, forced: Collection[str]) -> None:
     """What --dry-run knows to be wrong with the runs that it lists."""
-    found = list(dict.fromkeys(map(str, refusals(runs, costs))))
+    found = list(dict.fromkeys(map(str, refusals(runs, costs, forced))))
     for text in found[:REFUSALS]:
         print(f"would be refused: {text}")
     if len(found) > REFUSALS:
         print(f"would be refused: {len(found) - REFUSALS} more")
     if not found:
         show_notes(runs)
+
+
+def state_of(run: PlannedRun) -> str:
+    """done, to do, or differs: what is there was made with other values, which the refusals name."""
+    try:
+        check_made(run)
+    except ConfigError:
+        return "differs"
+    return "done" if run.directory.done else "to do"
 
 
 def show(runs: Sequence[PlannedRun], costs: Costs) -> None:
@@ -150,7 +159,7 @@ def show(runs: Sequence[PlannedRun], costs: Costs) -> None:
             trains = isinstance(run.config, TrainingStage)
             cells = ("-" * trains,) * 3
             unknown += trains
-        state = "done" if run.directory.done else "to do"
+        state = state_of(run)
         rows.append((run.name, ", ".join(run.config.parents()), state, *cells))
     print(*aligned(rows, right=(3, 4, 5)), sep="\n")
     print(

@@ -174,26 +174,29 @@ class RunDirectory:
         """Step -> metrics of the evaluation at that step."""
         return {r["step"]: r for r in self._lines(('"retain"', '"forget"'))}
 
-    def claim(self, config: StageConfig) -> None:
-        """Take the folder for this config, or find that it has it already. Raises ConfigError if it has another."""
+    def check_claim(self, config: StageConfig) -> None:
+        """Raises ConfigError if the folder has another config than this one, or was made with another."""
         wanted = as_raw(config)
-        there = (self.folder / "config.yaml").exists()
-        old = self.config if there else wanted
+        old = self.config if (self.folder / "config.yaml").exists() else wanted
         if changed := differences(without_execution(_completed(old, config)), without_execution(wanted)):
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise ConfigError(
                 f"{self.folder} exists with another config: {changed[0]}{more}\n"
-                f"give the run another name, or start it afresh with --force"
+                f"give the run another name, or start it afresh with --force (CHANGELOG.md has defaults that changed)"
             )
         if self.done:
             self._require_identity(old)
-            if there:
-                return
+
+    def claim(self, config: StageConfig) -> None:
+        """Take the folder for this config, or find that it has it already. Raises ConfigError if it has another."""
+        self.check_claim(config)
+        if self.done and (self.folder / "config.yaml").exists():
+            return
         self._refuse_links()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_remains()
-            write_atomically(self.folder / "config.yaml", dump_yaml(wanted))
+            write_atomically(self.folder / "config.yaml", dump_yaml(as_raw(config)))
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another place with --runs"
