@@ -13,8 +13,8 @@ from undo.report.claims import check
 from undo.report.figures import FIGURES
 from undo.report.figures.wmdp import adversaries
 from undo.report.report import report
+from undo.results.attacked import worst_case
 from undo.results.frontier import pareto_front
-from undo.results.results import worst_case
 from undo.results.seeds import median
 from undo.results.selection import Point, across_the_frontier
 from undo.results.text import as_text
