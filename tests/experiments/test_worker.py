@@ -32,4 +32,12 @@ def test_a_folder_of_a_library_that_cannot_be_written_names_its_variable(monkeyp
 
 def test_a_mistake_keeps_all_its_lines():
     assert reason(ConfigError("what\ncure")) == "what\ncure"
-    assert reason(ValueError("first\nsecond")) == "ValueError: first"
+
+
+def test_the_reason_of_a_library_is_one_line_that_is_not_cut_after_its_first():
+    """transformers says what is wrong with a config in its second line."""
+    assert (
+        reason(ValueError("class X:\n    the hidden size (81) is odd"))
+        == "ValueError: class X: the hidden size (81) is odd"
+    )
+    assert len(reason(ValueError("long " * 1000))) == 300

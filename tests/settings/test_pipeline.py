@@ -357,16 +357,16 @@ def test_a_changed_parent_makes_its_children_stale(undisturbed, tmp_path):
 
 
 def test_a_run_that_fails_in_python_is_named_with_its_log(undisturbed, tmp_path):
-    """A vocabulary that does not match is found by the run itself; the other run of the sweep goes on."""
+    """That its numbers are no longer finite is found by the run itself; the other run of the sweep goes on."""
     shutil.copytree(undisturbed / "demo/prepare", tmp_path / "demo/prepare")
     small = [text.removeprefix("pretrain.") for text in SMALL if text.startswith("pretrain.")]
     config = (ROOT / "configs/demo/pretrain.yaml").read_text()
-    config = config.replace("oracle: {", "oracle: {model: {vocab_size: 100}, ")
+    config = config.replace("oracle: {", "oracle: {training: {learning_rate: 1e30}, ")
     (tmp_path / "demo/pretrain.yaml").write_text(config)
     result = run_script("run_pretrain.py", str(tmp_path / "demo/pretrain.yaml"), *small, "--runs", str(tmp_path))
     assert result.returncode == 1
     assert (tmp_path / "demo/pretrain/reference-seed_0/run.json").exists()
-    assert re.search(r"failed pretrain/oracle-seed_0: .*vocabulary of 448, the model only 100", result.stdout)
+    assert re.search(r"failed pretrain/oracle-seed_0: .*diverged at step 1", result.stdout)
     assert str(tmp_path / "demo/pretrain/oracle-seed_0/log.txt") in result.stdout
 
 

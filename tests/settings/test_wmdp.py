@@ -65,24 +65,18 @@ def questions(folder: Path) -> Path:
 
 
 def world(folder: Path) -> Path:
-    """configs/wmdp_small with other texts, and so small that a run takes a second."""
+    """configs/wmdp_small with a mirror of other texts, and so small that a run takes a second."""
     for role in THINGS:
         (folder / f"{role}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(role)))
+    mirror = {f"cais/wmdp-corpora:cyber-{role}-corpus": f"{role}.jsonl" for role in ("forget", "retain")}
+    mirror |= {"cais/wmdp-corpora:bio-retain-corpus": "wiki.jsonl", "Salesforce/wikitext": "wiki.jsonl"}
+    (folder / "mirror.yaml").write_text(json.dumps(mirror))
     made = folder / "tiny_wmdp"
     made.mkdir()
-    texts = json.dumps({"forget": "cyber_standin", "retain": "cyber_retain"})
     shutil.copy(ROOT / "configs/wmdp_small/figures.yaml", made)
     for name in ("prepare", "pretrain", "unlearn_search", "unlearn", "undo", "relearn"):
         raw = read_yaml(ROOT / f"configs/wmdp_small/{name}.yaml")
         if name == "prepare":
-            text = json.dumps(raw)
-            for role, stem in {**json.loads(texts), "wiki": "wiki.test", "wiki ": "wiki.valid", "w": "bio"}.items():
-                where = folder / f"{role.strip() if role != 'w' else 'wiki'}.jsonl"
-                for suffix in (".parquet", ".tokens", "_retain.parquet"):
-                    for place in ("wmdp/corpora", "wikitext-2"):
-                        text = text.replace(f"../shared/data/{place}/{stem}{suffix}", str(where))
-            raw = json.loads(text)
-            assert "shared" not in text
             raw |= {"length": 32, "validation_share": 0.2, "shortest": 5}
             raw["variants"]["corpora"]["tokenizer"]["vocab_size"] = 448
             for variant in raw["variants"].values():
@@ -115,7 +109,8 @@ def world(folder: Path) -> Path:
 
 
 def wmdp(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_script("run_wmdp.py", str(folder), "--runs", str(folder.parent / "runs"), *arguments)
+    runs, mirror = folder.parent / "runs", folder.parent / "mirror.yaml"
+    return run_script("run_wmdp.py", str(folder), "--runs", str(runs), "--mirror", str(mirror), *arguments)
 
 
 def test_all_stages_killed_on_the_way(tmp_path):
@@ -129,6 +124,7 @@ def test_all_stages_killed_on_the_way(tmp_path):
     assert "make it with: uv run run_wmdp.py tiny_wmdp --stage search" in early.stderr
 
     command = [sys.executable, str(ROOT / "run_wmdp.py"), str(made), "--runs", str(tmp_path / "runs")]
+    command += ["--mirror", str(tmp_path / "mirror.yaml")]
     runs = tmp_path / "runs" / "tiny_wmdp"
     for moment in ("unlearn/search-*/metrics.jsonl", "relearn/*/metrics.jsonl"):
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
