@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,6 +45,27 @@ class Counter(TorchDispatchMode):
         moved = [t for t in (*taken, *made) if t.numel() >= self.logits]
         size = sum(t.numel() * t.element_size() for t in moved)
         self.logits_bytes += size * (1 + INSIDE.get(func, 0))
+        return result
+
+
+class Held(TorchDispatchMode):
+    """The bytes that tensors hold at most while it is entered, of those made in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            reference = StorageWeakRef(storage)
+            self._alive[reference.cdata] = reference, storage.nbytes()
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return result
 
 

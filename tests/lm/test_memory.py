@@ -1,17 +1,16 @@
 """What makes a large model fit: recomputed activations, optimiser states in 8 bits, and the estimate before loading."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import fits
 import pytest
 import torch
+from accelerate import PartialState
+from counting import Held
 from transformers import PreTrainedModel
 
-from tests.conftest import ROOT, SHAPE, batch, lively, metrics, training
+from tests.conftest import SHAPE, batch, lively, metrics, training
 from tests.lm.test_architectures import build
 from tests.train.test_loop import go, same
 from undo.config.mistakes import ConfigError
@@ -24,63 +23,12 @@ from undo.prepare_models import known
 from undo.prepare_models.reduced_gemma2 import ReducedGemma2
 from undo.runs.directory import Interrupted
 from undo.runs.run import Run
+from undo.train.gradient import BatchGradient
+from undo.train.loop import _optimizer
 from undo.train.parents import require_memory
 from undo.unlearn import SAM
 
 CPU = torch.device("cpu")
-ONE_RUN = """
-import resource, sys
-sys.path[:0] = [{tests!r}]
-import torch
-torch.set_num_threads(1)
-from tests.conftest import batch, execution, training
-from undo.lm import memory, place as placing
-from accelerate import PartialState
-from undo.losses import cross_entropy
-from undo.unlearn import SAM
-from undo.prepare_models.reduced_gemma2 import ReducedGemma2
-from undo.train.gradient import BatchGradient
-from undo.train.loop import _optimizer
-
-def peak():
-    try:  # of this program: Linux lets ru_maxrss begin at what the parent, pytest with all its tests, had taken
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-def steps(shape, cfg, rows, length, method=None):
-    model = placing.place(shape.build(0), torch.device("cpu"))
-    weights = list(model.parameters())
-    optimizer = _optimizer(weights, cfg)
-    tokens = batch(cfg.batch_rows, length, vocab_size=shape.vocab_size)
-    off = torch.autocast("cpu", enabled=False)
-    for _ in range(2):
-        if method is None:
-            for part in tokens.micro_batches(rows):
-                cross_entropy(model, part).backward()
-        else:
-            objective = lambda batch: {{"forget": -cross_entropy(model, batch["forget"])}}
-            gradient = BatchGradient(objective, {{"forget": tokens}}, weights, 0.0, rows, PartialState(cpu=True), off)
-            for weight, value in zip(weights, method.step(gradient, torch.Generator())[1]):
-                weight.grad = value
-            del value
-        optimizer.step()
-        optimizer.zero_grad()
-
-steps(ReducedGemma2(vocab_size=64, hidden_size=16, intermediate_size=16, layers=1, head_dim=16), training(), 2, 64)
-before = peak()
-sizes = {{"hidden_size": 384, "intermediate_size": 1536, "layers": 6, "heads": 4, "kv_heads": 2, "head_dim": 96}}
-shape = ReducedGemma2(vocab_size=16000, **sizes)
-cfg = training(batch_rows=4)
-steps(shape, cfg, 2, 256)
-said = memory.needed(shape, cfg, execution(micro_rows=2), 256, device="cpu")
-print(peak() - before, said.total - said.process)
-sam = SAM(ascent="total")
-steps(shape, cfg, 2, 256, sam)
-said = memory.needed(shape, cfg, execution(micro_rows=2), 256, held=sam.held_per_weight, device="cpu")
-print(peak() - before, said.total - said.process)
-"""
 # wide enough that most matrices have their state in 8 bits: those of 4,096 weights and more
 WIDE = ReducedGemma2(vocab_size=448, hidden_size=64, intermediate_size=128, layers=2, heads=2, kv_heads=1, head_dim=16)
 
@@ -225,20 +173,51 @@ def test_tokens_per_second_leave_the_first_step_out(tmp_path, data, monkeypatch)
 # --- the estimate --------------------------------------------------------------------------------------------------
 
 
-def test_the_estimate_is_near_a_measured_peak():
-    """Of a process that trains 19 million weights, beyond what Python and torch take: within a factor of 1.4.
+def peak_of_two_steps(shape: ReducedGemma2, method: SAM | None = None) -> int:
+    """Bytes that tensors held at most, in training with two micro-batches a step."""
+    with Held() as held:
+        model = placing.place(shape.build(0), CPU)
+        weights = list(model.parameters())
+        optimizer = _optimizer(weights, training(batch_rows=4))
+        tokens, off = batch(4, 256, vocab_size=shape.vocab_size), torch.autocast("cpu", enabled=False)
+        for _ in range(2):
+            if method is None:
+                for part in tokens.micro_batches(2):
+                    cross_entropy(model, part).backward()
+            else:
+                gradient = BatchGradient(
+                    lambda batch: {"forget": -cross_entropy(model, batch["forget"])},
+                    {"forget": tokens},
+                    weights,
+                    0.0,
+                    2,
+                    PartialState(cpu=True),
+                    off,
+                )
+                for weight, value in zip(weights, method.step(gradient, torch.Generator())[1], strict=True):
+                    weight.grad = value
+            optimizer.step()
+            optimizer.zero_grad()
+    return held.peak
+
+
+def test_the_estimate_is_near_the_peak_of_a_run():
+    """Above what tensors really hold, by 1.6 times at most; what an allocator adds differs from machine to machine.
 
     SAM's step holds a copy of the weights besides; with all its offsets and the first gradient it would be three.
     """
-    command = [sys.executable, "-c", ONE_RUN.format(tests=str(ROOT))]
-    result = subprocess.run(command, env={**os.environ, "MALLOC_ARENA_MAX": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    plain, sam = ([float(number) for number in line.split()] for line in result.stdout.splitlines())
-    for measured, said in (plain, sam):
-        assert measured / 1.4 < said < measured * 1.4, (measured, said)
-    more, copy = sam[0] - plain[0], sam[1] - plain[1]
-    assert copy == 4 * 19_424_640
-    assert copy / 2 < more < 2 * copy, (more, copy)
+    sizes = {"hidden_size": 192, "intermediate_size": 768, "layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 48}
+    shape, cfg, sam = ReducedGemma2(vocab_size=6000, **sizes), training(batch_rows=4), SAM(ascent="total")
+    measured, said = [], []
+    for method, held in ((None, 0), (sam, sam.held_per_weight)):
+        estimate = memory.needed(shape, cfg, Execution(micro_rows=2), 256, held=held, device="cpu")
+        measured.append(peak_of_two_steps(shape, method))
+        said.append(estimate.total - estimate.process)
+    for real, estimated in zip(measured, said, strict=True):
+        assert real <= estimated < real * 1.6, (measured, said)
+    copy, more = said[1] - said[0], measured[1] - measured[0]
+    assert copy == 4 * shape.parameters
+    assert copy <= more < 1.1 * copy, (more, copy)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
