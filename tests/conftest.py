@@ -1,5 +1,6 @@
 """Shared fixtures. Everything is made here: no network, no files from outside, a few seconds of one core."""
 
+import fcntl
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import Gemma2ForCausalLM
 
 from undo.config.schema import Execution, Training
@@ -19,10 +21,13 @@ from undo.prepare_models.reduced_gemma2 import ReducedGemma2
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 ROOT = Path(__file__).parents[1]
 SHAPE = ReducedGemma2(
     vocab_size=448, hidden_size=16, intermediate_size=32, layers=2, heads=2, kv_heads=1, head_dim=8, query_scale=8
 )
+HANGS = 1800  # seconds after which a process is taken to hang, and not to be slow
 TINY = {  # overrides that make any training stage of the demo take a second
     "pretrain": ["model.hidden_size=16", "model.intermediate_size=32", "model.heads=2", "model.kv_heads=1"],
     "steps": [
@@ -32,6 +37,20 @@ TINY = {  # overrides that make any training stage of the demo take a second
         "execution.checkpoint_every=3",
     ],
 }
+
+MODEL = {"hidden_size": 32, "intermediate_size": 64, "heads": 2, "kv_heads": 1}
+SMALL = [  # the demo's own configs, so small that every stage takes a second or two
+    "prepare.world={problems: 2000, largest_term: 8, largest_factor: 5, validation_per_cell: 6}",
+    *(f"pretrain.model.{key}={value}" for key, value in MODEL.items()),
+    *(f"{stage}.training.steps=60" for stage in ("pretrain", "distill", "undo")),
+    *(f"{stage}.training.batch_rows=4" for stage in ("pretrain", "unlearn", "distill", "undo")),
+    "unlearn.training.steps=20",
+    "undo.retain_threshold=null",  # a model that has learned nothing would meet it at once
+    "relearn.training.steps=6",
+    "relearn.training.evaluate_every=2",
+    *(f"{stage}.execution.checkpoint_every=3" for stage in ("pretrain", "unlearn", "distill", "undo", "relearn")),
+]
+CHAIN = ("*undo_0.6-lr_4e-03*",)  # one adversary, and with it prepare, reference, unlearn and undo
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,6 +79,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     run.open(config)
     prepare(config, run)
     return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of a chain of all stages that nothing happened to, made once for all of pytest's processes. To be read."""
+    common = tmp_path_factory.getbasetemp()
+    common = common.parent if os.environ.get("PYTEST_XDIST_WORKER") else common
+    runs = common / "undisturbed"
+    with open(common / "undisturbed.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (runs / "demo/summary.csv").exists():
+            finished = run_script("run_all.py", "demo", *SMALL, "--runs", str(runs), "--only", *CHAIN)
+            assert finished.returncode == 0, finished.stdout + finished.stderr
+    return runs
 
 
 @pytest.fixture
@@ -101,9 +134,8 @@ def execution(**changes: object) -> Execution:
 def run_script(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     """A stage script (or -m and a module) as a user calls it."""
     command = [sys.executable, *(str(ROOT / a) if a.startswith("run_") and a.endswith(".py") else a for a in arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280
-    )
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANGS)
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -9,16 +9,19 @@ import threading
 import urllib.parse
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tests.conftest import run_script
 from undo.config import mirror
 from undo.config.mistakes import ConfigError
+from undo.config.schema import validate
 from undo.evaluate.questions import Questions
+from undo.prepare_data.prepare import Prepare, prepare
 from undo.prepare_data.text import Source
 from undo.prepare_models.pretrained import Base
+from undo.runs.run import Run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TEXTS = [f"document {n} says that {n} and {n} are {2 * n}" for n in range(60)]
@@ -228,31 +231,43 @@ def test_what_is_no_mirror_is_refused(mirrored, text, says):
         mirrored(text)
 
 
-def test_a_setting_of_hub_data_runs_from_a_mirror_and_without_one_says_what_to_do(tmp_path):
-    """From the command line to the worker that reads it."""
-    for name in ("text", "other"):
-        lines = (json.dumps({"text": f"{text} and so on, {name}"}) + "\n" for text in TEXTS)
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    (tmp_path / "mine.yaml").write_text("some/english: text.jsonl\nsome/korean: {train: other.jsonl}\n")
-    setting = tmp_path / "mine/prepare.yaml"
-    setting.parent.mkdir()
-    setting.write_text(
-        "name: data\ndata: {retain: {hub: some/english, documents: 40}, forget: {hub: some/korean, documents: 30}}\n"
-        "tokenizer: {name: byte_pairs, vocab_size: 280}\nlength: 32\nshortest: 2\nvalidation_share: 0.2\n"
-    )
-    runs = ("--runs", str(tmp_path / "runs"))
-    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    alone = run_script("run_prepare.py", str(setting), *runs, **environment)
-    assert alone.returncode == 1
-    assert "no network? --mirror FILE names local files" in alone.stdout
-    assert "give your own files as path" in alone.stdout
-    assert "Traceback" not in alone.stdout + alone.stderr
-    done = run_script("run_prepare.py", str(setting), *runs, "--mirror", str(tmp_path / "mine.yaml"), **environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    facts = json.loads((tmp_path / "runs/mine/prepare/data/run.json").read_text())
-    assert facts["sources"] == {
-        "retain": f"some/english (mirrored by {tmp_path}/text.jsonl)",
-        "forget": f"some/korean (mirrored by {tmp_path}/other.jsonl)",
+def test_where_the_hub_is_not_reached_both_ways_out_are_named(mirrored, monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'some/text' on the Hub (LocalEntryNotFoundError)\nmore of it")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    for reads in (lambda: next(Source(hub="some/text").texts()), Questions(hub="some/text").by_subject):
+        with pytest.raises(ConfigError) as error:
+            reads()
+        reason, way_out = str(error.value).splitlines()
+        assert reason == "some/text: cannot be read: Couldn't reach 'some/text' on the Hub (LocalEntryNotFoundError)"
+        assert "no network? --mirror FILE names local files" in way_out
+        assert "or give your own files as path" in way_out
+    file = mirrored("other/text: text.jsonl")
+    with pytest.raises(ConfigError, match=rf"{file} has no entry for it"):
+        next(Source(hub="some/text").texts())
+
+
+def test_a_run_records_what_was_mirrored(mirrored, tmp_path):
+    for role in ("english", "korean"):
+        lines = (json.dumps({"text": f"{role}: {text} and so on"}) + "\n" for text in TEXTS)
+        (tmp_path / f"{role}.jsonl").write_text("".join(lines))
+    mirrored("some/english: english.jsonl\nsome/korean: {train: korean.jsonl}\n")
+    raw = {
+        "name": "data",
+        "data": {"retain": {"hub": "some/english", "documents": 40}, "forget": {"hub": "some/korean"}},
+        "tokenizer": {"name": "byte_pairs", "vocab_size": 280},
+        "length": 32,
+        "shortest": 2,
+        "validation_share": 0.2,
+    }
+    config, run = validate(Prepare, raw, "mine.yaml"), Run(tmp_path / "runs", "mine", "prepare/data")
+    run.claim(config)
+    run.open(config)
+    prepare(config, run)
+    assert run.facts["sources"] == {
+        "retain": f"some/english (mirrored by {tmp_path}/english.jsonl)",
+        "forget": f"some/korean (mirrored by {tmp_path}/korean.jsonl)",
     }
 
 

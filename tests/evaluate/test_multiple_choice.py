@@ -20,7 +20,7 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
-from tests.conftest import ROOT, SHAPE, lively, training
+from tests.conftest import HANGS, ROOT, SHAPE, lively, training
 from undo.config.mistakes import ConfigError
 from undo.config.schema import validate
 from undo.evaluate import MultipleChoice, TokenCrossEntropy
@@ -154,7 +154,7 @@ def said_by_command_line(gemma, world, asked, tmp_path_factory):
     command = [str(Path(sys.executable).with_name("lm_eval")), "--model", "hf", "--device", "cpu", "--log_samples"]
     command += ["--model_args", f"pretrained={folder / 'model'},dtype=float32", *include, "--tasks", "retain,forget"]
     command += ["--output_path", str(folder / "out")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(next((folder / "out").rglob("results_*.json")).read_text())["results"]
     samples = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import HANGS, ROOT
 from tests.fake_stage import Recorder, directory, job
 from undo.config.mistakes import ConfigError
 from undo.launch import devices
@@ -266,7 +266,7 @@ def alive(pids: list[int]) -> list[int]:
     return living
 
 
-def wait_for(condition, seconds: float = 30):
+def wait_for(condition, seconds: float = HANGS):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if result := condition():
@@ -284,7 +284,7 @@ def test_no_orphans_however_the_launcher_ends(tmp_path, end):
         os.killpg(launcher.pid, signal.SIGINT)
     else:
         launcher.send_signal({"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}[end])
-    status = launcher.wait(timeout=30)
+    status = launcher.wait(timeout=HANGS)
     assert status == (-9 if end == "kill -9" else 130)
     wait_for(lambda: not alive(pids))
 
@@ -299,7 +299,7 @@ def test_a_second_ctrl_c_ends_at_once_what_saves_a_checkpoint(tmp_path, monkeypa
     assert len(alive(pids)) == 3
     for _ in range(2):  # a third one changes nothing
         launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(timeout=60) == 130
+    assert launcher.wait(timeout=HANGS) == 130
     assert not alive(pids)
 
 
@@ -308,7 +308,7 @@ def test_a_worker_dies_with_its_nanny(tmp_path):
     launcher = start_launcher(tmp_path, "sleep", stdout=subprocess.PIPE)
     worker, *children = started(tmp_path, "sleep")
     os.kill(int(Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[1]), signal.SIGKILL)
-    assert launcher.wait(timeout=60) == 0
+    assert launcher.wait(timeout=HANGS) == 0
     assert not alive([worker])
     assert "ended by SIGKILL" in (directory(tmp_path, "sleep").failure or "")
     for child in children:  # torchrun's ranks end themselves; these do not
@@ -325,5 +325,5 @@ def test_the_share_of_a_dead_launcher_is_free_once_its_processes_are_gone(tmp_pa
 
 def test_two_launchers_on_the_same_runs_do_each_once(tmp_path):
     launchers = [start_launcher(tmp_path, "a", "b", "c") for _ in range(2)]
-    assert [process.wait(timeout=60) for process in launchers] == [0, 0]
+    assert [process.wait(timeout=HANGS) for process in launchers] == [0, 0]
     assert sorted(entry["run"] for entry in journal(tmp_path)) == ["a", "b", "c"]

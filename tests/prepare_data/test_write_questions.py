@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import HANGS, ROOT
 from undo.config.mistakes import ConfigError
 from undo.prepare_data.corpora import origin
 from undo.prepare_data.text import Source
@@ -408,7 +408,7 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_answered_is_asked_agai
     server.topics.clear()
 
     process = spawn(corpus, server.url, "--questions", "60", "--concurrency", "2")
-    said, error = process.communicate(timeout=60)
+    said, error = process.communicate(timeout=HANGS)
     assert process.returncode == 0, error
     assert f"{len(answered) * 3} questions of {len(answered)} passages were there before" in said
     done = outcome(corpus)
@@ -444,7 +444,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(corpus, server):
     # -B: else Python leaves the first 2000 bytes of its bytecode beside the libraries, which no later import can read
     command = [sys.executable, "-B", "-m", "undo.prepare_data.write_questions", *arguments(corpus, server.url)]
     limited = [sys.executable, "-c", f"{LIMIT}; os.execv(sys.executable, sys.argv[1:])", *command]
-    full = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    full = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
     assert full.returncode == 1
     assert full.stderr.splitlines()[0].endswith("File too large")
     assert "the same command goes on" in full.stderr
@@ -464,7 +464,7 @@ def test_interrupted_it_stops_at_once_and_says_how_to_go_on(corpus, server):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    said, error = process.communicate(timeout=15)
+    said, error = process.communicate(timeout=HANGS)
     assert process.returncode == 130
     assert "interrupted; the same command goes on from here" in said
     assert error == ""
@@ -537,7 +537,7 @@ def test_duplicates_are_dropped_across_restarts(corpus, server):
 def test_the_key_is_sent_and_shown_nowhere(corpus, server, action):
     server.behave = lambda number, _: action if number < 2 or action == "echo" else "good"
     process = spawn(corpus, server.url, "--api-key-env", "MY_KEY", "--questions", "60", MY_KEY=KEY)
-    said, error = process.communicate(timeout=60)
+    said, error = process.communicate(timeout=HANGS)
     assert set(server.keys) == {f"Bearer {KEY}"}
     written = b"".join(file.read_bytes() for file in corpus.parent.iterdir())
     assert KEY not in said + error

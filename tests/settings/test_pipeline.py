@@ -16,21 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import ROOT, run_script
+from tests.conftest import CHAIN, HANGS, ROOT, SMALL, run_script
 
-MODEL = {"hidden_size": 32, "intermediate_size": 64, "heads": 2, "kv_heads": 1}
-SMALL = [  # the demo's own configs, so small that every stage takes a second or two
-    "prepare.world={problems: 2000, largest_term: 8, largest_factor: 5, validation_per_cell: 6}",
-    *(f"pretrain.model.{key}={value}" for key, value in MODEL.items()),
-    *(f"{stage}.training.steps=60" for stage in ("pretrain", "distill", "undo")),
-    *(f"{stage}.training.batch_rows=4" for stage in ("pretrain", "unlearn", "distill", "undo")),
-    "unlearn.training.steps=20",
-    "undo.retain_threshold=null",  # a model that has learned nothing would meet it at once
-    "relearn.training.steps=6",
-    "relearn.training.evaluate_every=2",
-    *(f"{stage}.execution.checkpoint_every=3" for stage in ("pretrain", "unlearn", "distill", "undo", "relearn")),
-]
-CHAIN = ("*undo_0.6-lr_4e-03*",)  # one adversary, and with it prepare, reference, unlearn and undo
 ONE = ("pretrain/reference-seed_0",)  # where more stages would show nothing more
 
 
@@ -47,15 +34,6 @@ def results(runs: Path) -> dict[str, bytes]:
         *runs.rglob("evaluations/*.json"),
     ]
     return {str(path.relative_to(runs)): path.read_bytes() for path in sorted(wanted)}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    """A chain of all stages that nothing happened to."""
-    runs = tmp_path_factory.mktemp("undisturbed")
-    finished = run_all(runs, "--only", *CHAIN)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return runs
 
 
 def test_the_chain_of_all_stages(undisturbed):
@@ -188,9 +166,9 @@ def test_killed_at_several_moments_the_same_command_ends_with_the_same_bits(undi
             launcher.kill()
         for pid in workers[:1] if victim == "run" else []:
             os.kill(pid, signal.SIGKILL)
-        status = launcher.wait(timeout=120)
+        status = launcher.wait(timeout=HANGS)
         assert status != 0
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANGS
         while processes_under(tmp_path) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not processes_under(tmp_path)
@@ -208,47 +186,44 @@ from pathlib import Path
 import {module} as script
 from dataclasses import replace
 from undo.experiments import cli
-moment, marker = os.environ["MOMENT"], Path(os.environ["MARKER"])
 
-def die():
-    if not marker.exists():
+def die(moment):  # once
+    if not (marker := Path({markers!r}) / moment).exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-if moment == "checkpoint":  # half of the third checkpoint is on disk
+if "{stage}" == "pretrain":
     import safetensors.torch
-    save, calls = safetensors.torch.save_file, []
+    import transformers
+    import undo.runs.run
+    save, saved = safetensors.torch.save_file, []
     def save_file(tensors, path, metadata=None):
         save(tensors, path, metadata)
-        calls.append(path)
-        if len(calls) == 3 and not marker.exists():
-            os.truncate(path, os.path.getsize(path) // 2)
-            die()
+        saved.append(path)
+        if len(saved) == 3 and not (Path({markers!r}) / "checkpoint").exists():
+            os.truncate(path, os.path.getsize(path) // 2)  # half of the third checkpoint is on disk
+            die("checkpoint")
     safetensors.torch.save_file = save_file
-if moment == "model":  # the model's folder is half written, run.json is not there
-    import transformers
     save_model = transformers.PreTrainedModel.save_pretrained
     def save_pretrained(self, folder, **more):
         save_model(self, folder, **more)
-        die()
+        die("model")  # its folder is half written, run.json is not there
     transformers.PreTrainedModel.save_pretrained = save_pretrained
-if moment == "run.json":  # everything is done but the last rename
-    import undo.runs.run
     write = undo.runs.run.write_atomically
     def write_atomically(path, text):
         if path.name == "run.json":
-            die()
+            die("run.json")  # everything is done but the last rename
         write(path, text)
     undo.runs.run.write_atomically = write_atomically
-if moment == "store":  # one of four token stores is being written
+else:
     import undo.data.store as store
     pack, packs = store.pack, []
     def dying_pack(documents, folder, *rest):
         packs.append(folder)
-        if len(packs) == 3:
+        if len(packs) == 3 and not (Path({markers!r}) / "store").exists():  # one of four token stores is being written
             (folder.with_name(folder.name + ".partial")).mkdir(parents=True)
             (folder.with_name(folder.name + ".partial") / "tokens.bin").write_bytes(b"torn")
-            die()
+            die("store")
         return pack(documents, folder, *rest)
     store.pack = dying_pack
 
@@ -258,28 +233,28 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("moment", ["checkpoint", "model", "run.json", "store"])
-def test_killed_while_it_writes(undisturbed, tmp_path, moment):
+@pytest.mark.parametrize(
+    ("stage", "module", "only", "moments"),
+    [
+        ("pretrain", "undo.prepare_models.pretrain", "reference*", ("checkpoint", "model", "run.json")),
+        ("prepare", "undo.prepare_data.prepare", "data", ("store",)),
+    ],
+)
+def test_killed_while_it_writes(undisturbed, tmp_path, stage, module, only, moments):
     """SIGKILL by the run itself exactly while a checkpoint, the model, run.json or a token store is being written."""
-    stage, module, only = (
-        ("prepare", "undo.prepare_data.prepare", "data")
-        if moment == "store"
-        else ("pretrain", "undo.prepare_models.pretrain", "reference*")
-    )
-    script = tmp_path / "dying.py"
-    script.write_text(DIES_IN_THE_MIDDLE.format(module=module))
-    runs = tmp_path / "runs"
+    script, runs = tmp_path / "dying.py", tmp_path / "runs"
+    script.write_text(DIES_IN_THE_MIDDLE.format(module=module, stage=stage, markers=str(tmp_path)))
     if stage == "pretrain":
         shutil.copytree(undisturbed / "demo/prepare", runs / "demo/prepare")
     overrides = [text.removeprefix(f"{stage}.") for text in SMALL if text.startswith(f"{stage}.")]
     command = [str(script), "demo", *overrides, "--runs", str(runs), "--only", only]
-    environment = {"MOMENT": moment, "MARKER": str(tmp_path / "died"), "PYTHONPATH": str(tmp_path)}
-    first = run_script(*command, **environment)
-    assert first.returncode == 1
-    assert "SIGKILL" in first.stdout
-    assert (tmp_path / "died").exists()
-    second = run_script(*command, **environment)
-    assert second.returncode == 0, second.stdout + second.stderr
+    for moment in moments:
+        died = run_script(*command, PYTHONPATH=str(tmp_path))
+        assert died.returncode == 1
+        assert "SIGKILL" in died.stdout
+        assert (tmp_path / moment).exists()
+    finished = run_script(*command, PYTHONPATH=str(tmp_path))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
     here, there = results(runs), results(undisturbed)
     assert here
     assert all(there[name] == content for name, content in here.items())
@@ -294,7 +269,7 @@ def test_ctrl_c_saves_a_checkpoint_and_exits_130(undisturbed, tmp_path):
     while lines_in(run / "metrics.jsonl") < 5 and launcher.poll() is None:
         time.sleep(0.002)
     launcher.send_signal(signal.SIGINT)
-    output, _ = launcher.communicate(timeout=60)
+    output, _ = launcher.communicate(timeout=HANGS)
     assert launcher.returncode == 130
     assert "the same command continues" in output
     assert "Traceback" not in output

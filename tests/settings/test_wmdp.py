@@ -14,7 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.conftest import ROOT, SHAPE, lively, run_script, training
+from tests.conftest import HANGS, ROOT, SHAPE, lively, run_script, training
 from tests.lm.test_architectures import CPU
 from tests.made_up import World
 from undo.attacks.relearn import Relearn, relearn
@@ -128,7 +128,7 @@ def test_all_stages_killed_on_the_way(tmp_path):
     runs = tmp_path / "runs" / "tiny_wmdp"
     for moment in ("unlearn/search-*/metrics.jsonl", "relearn/*/metrics.jsonl"):
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
-            deadline = time.monotonic() + 200
+            deadline = time.monotonic() + HANGS
             while not list(runs.glob(moment)) and launcher.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert list(runs.glob(moment)), "it ended before that"

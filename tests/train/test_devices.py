@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, SHAPE, TINY, lively, metrics, run_script, training
+from tests.conftest import HANGS, ROOT, SHAPE, TINY, lively, metrics, run_script, training
 from tests.train.test_loop import make, stream
 from undo.evaluate.evaluator import Measured
 from undo.launch.devices import cores, take_slot
@@ -113,7 +113,7 @@ def test_two_devices_say_what_one_says_and_end_as_one(one, tmp_path, data, way):
     working = ranks(runs)
     assert working.keys() >= {0, 1}, "the run was over before it could be ended"
     os.kill(working[1], number)
-    said, _ = launcher.communicate(timeout=120)
+    said, _ = launcher.communicate(timeout=HANGS)
     assert launcher.returncode == 1, said
     assert f"failed  {NAME}" in said
     assert ranks(runs) == {}
@@ -201,7 +201,7 @@ sys.exit("not interrupted")
         for rank in range(2)
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=HANGS)
         assert process.returncode == 0, errors
     alone = tmp_path / "one"
     for name, method in (METHODS | MOVING).items():
