@@ -45,6 +45,12 @@ def stand_in(name: str, subset: str | None = None, split: str | None = None) -> 
     return str(path)
 
 
+def named(path: str) -> str:
+    """A path of `stand_in` as the mirror has it, relative to its file: records need not tell where that lies."""
+    file = _entries()[0]
+    return path if file is None else os.path.relpath(path, file.parent)
+
+
 def way_out() -> str:
     """What one can do where the hub is not reached."""
     given = _entries()[0]

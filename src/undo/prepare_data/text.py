@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from undo.config import mirror
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Count, Role, Seed, Share, StageConfig
 from undo.data.files import PACKED, PLAIN, find_files, kind_of, read_texts, text_of
@@ -51,7 +52,13 @@ class Place(HubDataset):
     def label(self) -> str:
         """What is read, as messages and run.json name it."""
         local = self.local
-        return self.dataset if local is None else local if self.path else f"{self.dataset} (mirrored by {local})"
+        return (
+            self.dataset
+            if local is None
+            else local
+            if self.path
+            else f"{self.dataset} (mirrored by {mirror.named(local)})"
+        )
 
     def files(self) -> list[Path]:
         """The files that are read, in order. Raises ConfigError if there is none, or one that cannot be read."""
