@@ -84,7 +84,10 @@ def world(folder: Path) -> Path:
                     variant["length"] = 64 if variant["length"] == 1024 else 32
             raw["variants"]["mixture"]["data"]["auxiliary"]["tokens"] = 3000
             raw["variants"].pop("corpora_long")
+            raw["execution"] = {"runs_per_process": 4}
         else:
+            if name.startswith("unlearn"):  # the harness takes a process seconds to import
+                raw["evaluation"].pop("choices", None)
             if "choices" in raw["evaluation"]:
                 asked = {"path": str(questions(folder))}
                 raw["evaluation"]["choices"] = {"retain": asked, "forget": asked}

@@ -98,6 +98,7 @@ def check_vocabulary(run: PlannedRun, costs: Costs) -> None:
 def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
     """The runs that are not done, grouped into jobs. Runs of a stage that start from the same models share a process.
 
+    A run may need one that comes before it in its job: prepare runs that share a tokenizer do.
     A run on several devices does not share one, because an error of one rank leaves the others in the middle of a step.
     """
     todo = [p for p in planned if not p.directory.done]
@@ -112,7 +113,7 @@ def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
                 Job(
                     argv=(sys.executable, *starter(execution.devices), "-m", worker.__name__, part[0].stage.module),
                     runs=tuple(p.directory for p in part),
-                    waits_for=frozenset(parent for p in part for parent in p.config.parents()),
+                    waits_for=frozenset(parent for p in part for parent in p.config.parents()) - {p.name for p in part},
                     share=share(part[0]),
                 )
             )
