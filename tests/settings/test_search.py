@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.settings.test_wmdp import world
 from undo.config.mistakes import ConfigError
+from undo.config.schema import validate
 from undo.config.sweep import read_yaml
 from undo.experiments import cli
 from undo.experiments.points import FILE
@@ -38,7 +39,7 @@ class Machine:
         for run, parents in ((run, job.waits_for) for job in jobs for run in job.runs):
             reason = next((text for part, text in self.failing.items() if part in run.name), None)
             if reason is None and not parents & failed.keys():
-                self._make(run, parents)
+                self._make(run)
             elif reason is not None:
                 run.fail(reason, 3 if "Diverged" in reason else None)
                 failed[run.name] = reason
@@ -46,8 +47,9 @@ class Machine:
                 failed[run.name] = "not run"
         return failed
 
-    def _make(self, run: RunDirectory, parents: frozenset[str]) -> None:
+    def _make(self, run: RunDirectory) -> None:
         self.made.append(run.name)
+        parents = validate(STAGES[run.name.partition("/")[0]].schema, run.config, run.name).parents()
         alpha = run.config.get("method", {}).get("alpha", 0.5)
         lineage = {name: run.sibling(name).identity() for name in parents}
         facts = {"identity": identity_of(run.config, lineage), "parents": lineage}
