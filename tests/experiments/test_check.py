@@ -4,10 +4,14 @@ import json
 
 import pytest
 
+from tests.conftest import ROOT
 from undo.config.mistakes import ConfigError
 from undo.experiments import cli
+from undo.experiments.check import jobs
+from undo.experiments.plan import plan, sources
 from undo.runs.run import Run
 from undo.settings import whole
+from undo.settings.stages import STAGES
 
 
 @pytest.fixture
@@ -107,3 +111,16 @@ def test_a_dry_run_knows_a_run_that_was_made_with_other_values(tmp_path, monkeyp
     facts = json.loads((tmp_path / "demo/prepare/data/run.json").read_text())
     (tmp_path / "demo/prepare/data/run.json").write_text(json.dumps(facts | {"identity": "made anew"}))
     assert says()["pretrain/reference-seed_0"] == "differs"
+
+
+def test_runs_of_one_process_do_not_wait_for_each_other(tmp_path):
+    """Prepare runs that share a tokenizer: the first of them makes it."""
+    found = sources(ROOT / "configs/wmdp_small", "prepare")
+    apart, together = (
+        jobs(plan(STAGES["prepare"], found, {"execution.runs_per_process": count}, tmp_path)) for count in (1, 9)
+    )
+    assert [job.waits_for for job in apart if job.runs[0].name == "prepare/qa"] == [{"prepare/corpora"}]
+    (job,) = together
+    assert job.runs[0].name == "prepare/corpora"
+    assert len(job.runs) == 5
+    assert not job.waits_for
