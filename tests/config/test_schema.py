@@ -28,6 +28,7 @@ from undo.settings.stages import STAGES
 from undo.unlearn.stage import Unlearn
 
 DEMO = ROOT / "configs" / "demo"
+NESTED = "nested too deeply|nesting depth|flow level"  # PyYAML says so itself from 6.0.4 on
 SETTINGS = sorted({path.parent for path in (ROOT / "configs").glob("*/*.yaml")})
 
 
@@ -370,8 +371,8 @@ def test_unreadable_yaml(tmp_path, content, words):
         ("variants: {a: {sweep: 3}}", r"variants\.a, and a sweep in it, must be a mapping"),
         ("adversaries: {a: 3}", r"adversaries\.a, .* must be a mapping"),
         ("variants: [a]", "`variants` must be a mapping"),
-        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
-        ("a: " + "{a: " * 5000 + "1" + "}" * 5000, "nested too deeply"),
+        ("a: " + "[" * 5000 + "]" * 5000, NESTED),
+        ("a: " + "{a: " * 5000 + "1" + "}" * 5000, NESTED),
         ('name: "{variant:>9999999999}"', r"cannot fill in .*variant:>9999999999"),
         ('name: "{variant.__class__}"', "no such key or format"),
         ('name: "{variant!r}"', "no such key or format"),
@@ -397,7 +398,7 @@ def test_an_override_reads_no_environment(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_planted")
     with pytest.raises(ConfigError, match=r"name: \$\{oc\.env:HF_TOKEN\}: look-ups are not taken"):
         parse_overrides(["name=${oc.env:HF_TOKEN}"])
-    with pytest.raises(ConfigError, match="nested too deeply"):
+    with pytest.raises(ConfigError, match=NESTED):
         parse_overrides(["a=" + "[" * 3000 + "]" * 3000])
 
 
