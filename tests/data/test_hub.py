@@ -114,7 +114,7 @@ def hub(files: Path):
 
 
 READ = """
-import json, sys
+import json, os, sys
 from undo.config.mistakes import ConfigError
 from undo.evaluate.questions import Questions
 from undo.prepare_data.text import Source
@@ -138,7 +138,8 @@ print(json.dumps({
     "subset": texts(hub="some/text", subset="korean"),
     "split": texts(hub="some/text", subset="english", split="test"),
     "column": texts(hub="some/text", subset="english", column="body"),
-}))
+}), flush=True)
+os._exit(0)  # the library leaves threads behind that may abort an interpreter that ends
 """
 
 

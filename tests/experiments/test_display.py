@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -94,7 +95,10 @@ def test_the_hint_after_an_interruption_is_true(planned, capsys, force):
 
 def test_a_display_that_cannot_print_stops_no_run(planned, monkeypatch):
     (run,) = planned
-    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
+    full = open("/dev/full", "w")  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", full)
     with LiveTable(planned) as table:
         table.changed(run.directory, "running", "cpu")
         table.changed(run.directory, "done")
+    with suppress(OSError):  # what could not be printed is still in its buffer
+        full.close()
