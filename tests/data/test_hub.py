@@ -18,6 +18,7 @@ from undo.config import mirror
 from undo.config.mistakes import ConfigError
 from undo.config.schema import validate
 from undo.evaluate.questions import Questions
+from undo.prepare_data.preconditions import reach
 from undo.prepare_data.prepare import Prepare, prepare
 from undo.prepare_data.text import Source
 from undo.prepare_models.pretrained import Base
@@ -243,7 +244,12 @@ def test_where_the_hub_is_not_reached_both_ways_out_are_named(mirrored, monkeypa
         reason, way_out = str(error.value).splitlines()
         assert reason == "some/text: cannot be read: Couldn't reach 'some/text' on the Hub (LocalEntryNotFoundError)"
         assert "no network? --mirror FILE names local files" in way_out
-        assert "or give your own files as path" in way_out
+    raw = {"name": "x", "data": {role: {"hub": f"some/{role}"} for role in ("retain", "forget")}, "length": 32}
+    with pytest.raises(ConfigError) as error:
+        reach(validate(Prepare, raw | {"tokenizer": {"name": "byte_pairs", "vocab_size": 280}}, "mine.yaml"))
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("data.retain: some/retain: cannot be read: Couldn't reach")
+    assert lines[2] == "give your own files with prepare.data.retain.path=... (run_prepare.py: without `prepare.`)"
     file = mirrored("other/text: text.jsonl")
     with pytest.raises(ConfigError, match=rf"{file} has no entry for it"):
         next(Source(hub="some/text").texts())

@@ -57,10 +57,7 @@ class HubDataset(Frozen):
         except ValueError as error:  # an unknown subset or split
             raise ConfigError(f"{self.dataset}: cannot be read: {_first_line(error)}") from None
         except OSError as error:
-            raise ConfigError(
-                f"{self.dataset}: cannot be read: {_first_line(error)}\n"
-                f"{mirror.way_out()}; or give your own files as path"
-            ) from None
+            raise ConfigError(f"{self.dataset}: cannot be read: {_first_line(error)}\n{mirror.way_out()}") from None
 
 
 def _first_line(error: Exception) -> str:

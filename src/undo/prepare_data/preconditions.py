@@ -31,14 +31,7 @@ def check_texts(cfg: Texts) -> None:
             try:
                 found = place.files()
             except ConfigError as error:
-                where = f"data.{role}.{key}path"
-                if cfg.variant:  # for all variants, it would give one file to all of them
-                    where = f"variants.{cfg.variant}.{where}"
-                raise ConfigError(
-                    f"data.{role}: {error}\n"
-                    f"give your own files with prepare.{where}=... "
-                    f"(run_prepare.py: without `prepare.`)"
-                ) from None
+                raise ConfigError(f"data.{role}: {error}\n{_own_files(cfg, role, key)}") from None
             try:
                 for file in found:
                     for column in filter(None, (place.column, place.paired_with)):
@@ -53,11 +46,22 @@ def check_texts(cfg: Texts) -> None:
             check_enough(cfg, role)
 
 
+def _own_files(cfg: Texts, role: Role, key: str) -> str:
+    where = f"data.{role}.{key}path"
+    if cfg.variant:  # for all variants, it would give one file to all of them
+        where = f"variants.{cfg.variant}.{where}"
+    return f"give your own files with prepare.{where}=... (run_prepare.py: without `prepare.`)"
+
+
 def reach(cfg: Texts) -> None:
     """Raises ConfigError for a place without a document, after a look at each, also at those of the hub."""
-    for source in cfg.data.values():
-        for place in source.places.values():
-            next(place.all_texts())
+    for role, source in cfg.data.items():
+        for key, place in source.places.items():
+            try:
+                next(place.all_texts())
+            except ConfigError as error:
+                own = "" if place.local else f"\n{_own_files(cfg, role, key)}"
+                raise ConfigError(f"data.{role}: {error}{own}") from None
 
 
 def taken_apart(cfg: Texts) -> Iterator[str]:
