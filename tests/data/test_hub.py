@@ -237,6 +237,9 @@ def test_where_the_hub_is_not_reached_both_ways_out_are_named(mirrored, monkeypa
     def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach 'some/text' on the Hub (LocalEntryNotFoundError)\nmore of it")
 
+    def wordless(*_, **__):
+        raise TimeoutError
+
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     for reads in (lambda: next(Source(hub="some/text").texts()), Questions(hub="some/text").by_subject):
         with pytest.raises(ConfigError) as error:
@@ -250,6 +253,9 @@ def test_where_the_hub_is_not_reached_both_ways_out_are_named(mirrored, monkeypa
     lines = str(error.value).splitlines()
     assert lines[0].startswith("data.retain: some/retain: cannot be read: Couldn't reach")
     assert lines[2] == "give your own files with prepare.data.retain.path=... (run_prepare.py: without `prepare.`)"
+    monkeypatch.setattr(datasets, "load_dataset", wordless)
+    with pytest.raises(ConfigError, match="some/text: cannot be read: TimeoutError\n"):
+        next(Source(hub="some/text").texts())
     file = mirrored("other/text: text.jsonl")
     with pytest.raises(ConfigError, match=rf"{file} has no entry for it"):
         next(Source(hub="some/text").texts())

@@ -59,10 +59,10 @@ def way_out() -> str:
 
 
 def _entries() -> tuple[Path | None, dict[str, Any]]:
-    named = os.environ.get(VARIABLE)
-    if not named:
+    given = os.environ.get(VARIABLE)
+    if not given:
         return None, {}
-    file = Path(named).absolute()
+    file = Path(given).absolute()
     return file, _read(file)
 
 

@@ -41,7 +41,8 @@ def load(folder: Path, dtype: torch.dtype | None = torch.float32) -> PreTrainedM
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"{folder}: cannot be loaded ({str(error).strip().splitlines()[0][:200]})") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ConfigError(f"{folder}: cannot be loaded ({reason})") from error
     model, report = loaded
     require_fit(folder, report)
     require_one_head(folder, model)
