@@ -14,7 +14,7 @@ from undo.config.mistakes import ConfigError
 from undo.lm import flops
 from undo.lm.read import Head
 from undo.losses.logits import Logits, add_product, grid
-from undo.losses.targets import Form, LoweredKL, Target
+from undo.losses.targets import LoweredKL, Target
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def _sum_of_tiles(
     Raises ConfigError for a teacher of another vocabulary.
     """
     size = grid(head.weight, len(hidden))
-    form = Form(None if grad_hidden is grad_weight is grad_bias is None else precision, head.softcap is not None)
+    gradient = None if grad_hidden is grad_weight is grad_bias is None else precision
     student, teacher = Logits(head, size, precision), None
     if target.teacher is not None:
         same_vocabulary(len(target.teacher[1].weight), len(head.weight))
@@ -121,7 +121,7 @@ def _sum_of_tiles(
         inputs = hidden[chunk].to(precision)
         for i, weight in enumerate(student.weights):
             start = i * size.columns
-            loss, grad = target.pull(student, teacher, chunk, start, i, form)
+            loss, grad = target.pull(student, teacher, chunk, start, i, gradient)
             losses[chunk] += loss.flatten()
             if grad is not None and weights is not None:
                 grad *= weights[chunk, None]
@@ -132,6 +132,7 @@ def _sum_of_tiles(
             if grad is not None and grad_bias is not None:
                 part = grad_bias[start : start + len(weight)]
                 part.copy_(grad.sum(0, dtype=part.dtype) if first == 0 else part + grad.sum(0, dtype=part.dtype))
+            del grad  # before the next one is made
     return losses if weights is None else losses * weights
 
 

@@ -28,7 +28,7 @@ def grid(weight: Tensor, tokens: int) -> Grid:
 
 
 class Logits:
-    """Logits of a chunk of tokens: `tiles` hold them divided by `scale`, `log_z` is their log-sum-exp, [tokens, 1]."""
+    """Logits of a chunk of tokens: `log_z` is their log-sum-exp, [tokens, 1]; `over_scale` reads a tile of `tiles`."""
 
     def __init__(self, head: Head, grid: Grid, precision: torch.dtype) -> None:
         self.softcap, self.scale = head.softcap, head.softcap or 1.0
@@ -47,7 +47,7 @@ class Logits:
     def read(self, hidden: Tensor) -> None:
         self.tiles, sums = [], []
         for tile in self.products(hidden):
-            sums.append(fused(_squash, tile, self.softcap))
+            sums.append(fused(_log_z, tile, self.softcap))
             self.tiles.append(tile)
         self.log_z = torch.cat(sums, 1).logsumexp(1, keepdim=True)
 
@@ -66,12 +66,22 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, anew: bool) -> None:
         total.addmm_(a, b, beta=0 if anew else 1)
     elif anew:
         _product(a, b, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # pyright: ignore[reportCallIssue]
     else:
-        total += torch.mm(a, b, out_dtype=total.dtype) if a.is_cuda else torch.mm(a, b)  # pyright: ignore[reportCallIssue]
+        total += torch.mm(a, b)
+
+
+def in_one_kernel(tile: Tensor) -> bool:
+    """Whether what is done to a tile is compiled to one kernel. Then arithmetic is cheap, and each pass over it is not.
+
+    On a CPU it is the reverse: the tile stays in the cache, and a tanh costs as much as ten passes.
+    """
+    return tile.is_cuda
 
 
 def fused(function: Callable[..., Any], tile: Tensor, *others: Any) -> Any:
-    return (_compiled(function) if tile.is_cuda else function)(tile, *others)
+    return (_compiled(function) if in_one_kernel(tile) else function)(tile, *others)
 
 
 @cache
@@ -79,10 +89,40 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def _squash(tile: Tensor, softcap: float | None) -> Tensor:
-    """Products -> logits / scale, in place; returns the log-sum-exp of the logits, [tokens, 1]."""
+def over_scale(tile: Tensor, softcap: float | None) -> Tensor:
+    """Logits / scale of a tile that was read: a CPU has kept its tanh there, a GPU takes it anew in each kernel."""
+    return tile if softcap is None or not in_one_kernel(tile) else tile.tanh()
+
+
+def located(labels: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
+    """Of labels [tokens, 1], counted from the tile's first column: a column each, and 1.0, or 0.0 in another tile."""
+    here = ((labels >= 0) & (labels < tile.shape[1])).to(tile.dtype)
+    return labels.clamp(0, tile.shape[1] - 1), here
+
+
+def less_at(tile: Tensor, columns: Tensor, amounts: Tensor) -> Tensor:
+    """The tile with an amount taken off at one column of each token, both [tokens, 1]; on a CPU in place.
+
+    To scatter would end a kernel. To look at each word for its column is two passes, and free only within a kernel.
+    """
+    if in_one_kernel(tile):
+        return tile - amounts * (torch.arange(tile.shape[1], device=tile.device) == columns)
+    return tile.scatter_add_(1, columns, -amounts)
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """[tokens, 1]. In one kernel the maximum and the sum are found in one reading, which logsumexp's care for inf is not."""
+    if not in_one_kernel(logits):
+        return logits.logsumexp(1, keepdim=True)
+    largest = logits.amax(1, keepdim=True)
+    return (logits - largest).exp().sum(1, keepdim=True).log() + largest
+
+
+def _log_z(tile: Tensor, softcap: float | None) -> Tensor:
+    """The log-sum-exp of a tile's logits, [tokens, 1], from its products. A CPU keeps their tanh there instead."""
     if softcap is None:
-        return tile.logsumexp(1, keepdim=True)
+        return log_sum_exp(tile)
+    logits = (tile.tanh() if in_one_kernel(tile) else tile.tanh_()).mul(softcap)
     if softcap > 64:  # exp could overflow
-        return tile.tanh_().mul(softcap).logsumexp(1, keepdim=True)
-    return tile.tanh_().mul(softcap).exp_().sum(1, keepdim=True).log_()
+        return log_sum_exp(logits)
+    return logits.exp_().sum(1, keepdim=True).log_()
