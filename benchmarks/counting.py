@@ -32,8 +32,8 @@ class Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = _tensors(result)
-        taken = _tensors((args, {key: value for key, value in (kwargs or {}).items() if key != "out"}))
+        made = tensors(result)
+        taken = tensors((args, {key: value for key, value in (kwargs or {}).items() if key != "out"}))
         memory = {_address(t) for t in taken}
         if (made and func.is_view) or func is torch.ops.aten.detach.default:
             return result
@@ -59,11 +59,13 @@ class Held(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        given = {tensor.untyped_storage()._cdata for tensor in tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
+        for tensor in tensors(result):
             storage = tensor.untyped_storage()
-            reference = StorageWeakRef(storage)
-            self._alive[reference.cdata] = reference, storage.nbytes()
+            if storage._cdata not in given:  # a view, or changed in place
+                reference = StorageWeakRef(storage)
+                self._alive[reference.cdata] = reference, storage.nbytes()
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return result
@@ -76,7 +78,7 @@ ALLOCATIONS = {
 }
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
+def tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 

@@ -1,7 +1,10 @@
 """Every fused loss against its formula written out in full logits, in float64, and its gradient."""
 
+import contextlib
 import itertools
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -19,7 +22,7 @@ from undo.losses import logits as tiles
 from undo.losses import targets
 from undo.losses.linear import Head, linear_loss
 from undo.losses.logits import Grid
-from undo.losses.targets import CrossEntropy, ForwardKL, UniformKL
+from undo.losses.targets import CrossEntropy, ForwardKL, LoweredKL, UniformKL
 
 WIDTH = 5
 
@@ -41,6 +44,16 @@ def naive(kind: str, hidden: torch.Tensor, head: Head, labels: torch.Tensor, tea
     return (q * (q / p).log()).sum()
 
 
+@contextlib.contextmanager
+def as_on_a_gpu(fused: Callable[..., Any] = lambda function, *arguments: function(*arguments)) -> Iterator[None]:
+    """The forms that a GPU takes, on a CPU, and `fused` in place of the compiler."""
+    with contextlib.ExitStack() as stack:
+        for module in (tiles, targets):
+            stack.enter_context(patch.object(module, "in_one_kernel", lambda _: True))
+            stack.enter_context(patch.object(module, "fused", fused))
+        yield
+
+
 def target(kind: str, labels: torch.Tensor, teacher: tuple[torch.Tensor, Head]):
     return {"ce": CrossEntropy(labels), "uniform": UniformKL(), "kl": ForwardKL(*teacher)}[kind]
 
@@ -55,8 +68,11 @@ def target(kind: str, labels: torch.Tensor, teacher: tuple[torch.Tensor, Head]):
     rows=st.integers(1, 12),
     columns=st.integers(1, 50),
     scale=st.sampled_from([0.1, 1.0, 4.0]),
+    gpu=st.booleans(),
 )
-def test_equals_the_formula_with_gradients(kind, tokens, vocabulary, softcap, teacher_softcap, rows, columns, scale):
+def test_equals_the_formula_with_gradients(
+    kind, tokens, vocabulary, softcap, teacher_softcap, rows, columns, scale, gpu
+):
     rng = torch.Generator().manual_seed(tokens * 100 + vocabulary)
 
     def draw(*shape):
@@ -67,7 +83,8 @@ def test_equals_the_formula_with_gradients(kind, tokens, vocabulary, softcap, te
     labels = torch.randint(vocabulary, (tokens,), generator=rng)
     expected = naive(kind, hidden, Head(weight, softcap), labels, teacher)
     expected_grads = torch.autograd.grad(expected, (hidden, weight))
-    with patch.object(losses, "grid", lambda *_: Grid(rows, columns)):
+    device = as_on_a_gpu() if gpu else contextlib.nullcontext()
+    with patch.object(losses, "grid", lambda *_: Grid(rows, columns)), device:
         got = linear_loss(hidden, Head(weight, softcap), target(kind, labels, teacher))
         with torch.no_grad():
             evaluated = linear_loss(hidden, Head(weight, softcap), target(kind, labels, teacher))
@@ -160,7 +177,7 @@ def test_gradient_is_taken_once():
         loss.backward()
 
 
-@pytest.mark.parametrize("kind", ["ce", "uniform", "kl"])
+@pytest.mark.parametrize("kind", ["ce", "uniform", "kl", "lowered"])
 def test_one_graph_for_the_compiler(kind, monkeypatch):
     """What a GPU runs: the functions on tiles as whole graphs, without a break, and with the same result."""
     graphs = []
@@ -171,15 +188,15 @@ def test_one_graph_for_the_compiler(kind, monkeypatch):
 
     torch.manual_seed(4)
     hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
-    chosen = target(kind, torch.randint(50, (20,)), (torch.randn(20, 8), Head(torch.randn(50, 8), 30.0)))
+    labels, teacher = torch.randint(50, (20,)), (torch.randn(20, 8), Head(torch.randn(50, 8), 30.0))
+    chosen = LoweredKL(*teacher, labels, 9.0) if kind == "lowered" else target(kind, labels, teacher)
     monkeypatch.setattr(losses, "grid", lambda *_: Grid(8, 50))
     plain = linear_loss(hidden, Head(weight, 30.0), chosen)
     expected = plain, *torch.autograd.grad(plain, (hidden, weight))
-    monkeypatch.setattr(targets, "fused", compiled)
-    monkeypatch.setattr(tiles, "fused", compiled)
-    loss = linear_loss(hidden, Head(weight, 30.0), chosen)
+    with as_on_a_gpu(compiled):
+        loss = linear_loss(hidden, Head(weight, 30.0), chosen)
     torch.testing.assert_close((loss, *torch.autograd.grad(loss, (hidden, weight))), expected)
-    assert len(set(graphs)) == 2
+    assert len(set(graphs)) == (3 if kind == "lowered" else 2)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -276,10 +293,9 @@ def test_layer_output_is_the_blocks_own(model):
     torch.testing.assert_close(hidden_states(model, tokens, layer=0), seen[0], rtol=0, atol=0)
 
 
-def test_undial_s_target_over_several_tiles_and_with_a_sure_teacher():
+@pytest.mark.parametrize("device", [contextlib.nullcontext, as_on_a_gpu])
+def test_undial_s_target_over_several_tiles_and_with_a_sure_teacher(device):
     """Vocabulary of three tiles; a teacher whose label has nearly all of the mass, lowered by 15."""
-    from undo.losses.targets import LoweredKL
-
     rng = torch.Generator().manual_seed(0)
     hidden, q_hidden = (torch.randn(40, 8, generator=rng, dtype=torch.float64) for _ in range(2))
     weight, q_weight = (torch.randn(5000, 8, generator=rng, dtype=torch.float64) for _ in range(2))
@@ -294,7 +310,8 @@ def test_undial_s_target_over_several_tiles_and_with_a_sure_teacher():
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         teacher = Head(q_weight.to(dtype), 30.0)
         target = LoweredKL(q_hidden.to(dtype), teacher, labels, 15.0)
-        loss = linear_loss(hidden.to(dtype), Head(weight.to(dtype), 30.0), target)
+        with device():
+            loss = linear_loss(hidden.to(dtype), Head(weight.to(dtype), 30.0), target)
         assert float(loss) == pytest.approx(float(expected), rel=tolerance)
 
 

@@ -103,12 +103,17 @@ def _activations(shape: Shape, length: int, mixed: bool, device: str) -> float:
 
 
 def _loss(shape: Shape, frozen: Sequence[Shape], tokens: int, mixed: bool, device: str) -> float:
-    """See losses.grid: logits of a chunk of tokens, once for each model that is read, and the head's casts."""
-    from_words = (1 << 29) if device == "cuda" else (1 << 25)
-    chunk = FP32 * shape.vocab_size * max(1, min(from_words // max(1, shape.vocab_size), tokens))
-    heads = [shape, *frozen]
+    """See losses.grid: logits of a chunk of tokens, once for each model that is read, what is made of a tile of them,
+    and the heads' casts. A GPU's one tile is the chunk, and its kernels make nothing but the gradient.
+    """
+    gpu, heads = device == "cuda", [shape, *frozen]
+    rows = max(1, min((1 << 29) // shape.vocab_size if gpu else min(512, (1 << 25) // shape.vocab_size), tokens))
+    columns = shape.vocab_size if gpu else min(2048, shape.vocab_size)
+    chunk = FP32 * rows * columns * -(-shape.vocab_size // columns)
+    # on a CPU: both models' probabilities, their difference, and the gradient
+    made = (BF16 if mixed else FP32) if gpu else FP32 * (4 if frozen else 2)
     casts = sum(BF16 * f.vocab_size * f.hidden_size for f in heads) if mixed else 0
-    return chunk * len(heads) + (chunk / 2 if device == "cuda" else 0) + casts
+    return chunk * len(heads) + made * rows * columns + casts
 
 
 class Option(NamedTuple):

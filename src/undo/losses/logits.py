@@ -111,7 +111,7 @@ def less_at(tile: Tensor, columns: Tensor, amounts: Tensor) -> Tensor:
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
-    """[tokens, 1]. In one kernel the maximum and the sum are found in one reading, which logsumexp's care for inf is not."""
+    """[tokens, 1]. In a kernel the maximum and the sum take one reading together; logsumexp, which minds inf, two."""
     if not in_one_kernel(logits):
         return logits.logsumexp(1, keepdim=True)
     largest = logits.amax(1, keepdim=True)
