@@ -96,6 +96,7 @@ def train(
     autocast = mixed_precision(cfg, devices.device)
     done = _resume(recorder, model, weights, optimizer, rng)
     pace = _Pace()
+    batch: Batch | None = None  # of the coming step, where it is drawn already
     with recorder.saves_before_it_stops():
         while True:
             if cfg.evaluates(done.step) and done.evaluated != done.step:
@@ -113,7 +114,7 @@ def train(
                     raise Interrupted
 
             began = time.perf_counter()
-            batch = _draw(streams, done.step, devices)
+            batch = batch or _draw(streams, done.step, devices)
             gradient = BatchGradient(
                 objective, batch, weights, done.step / cfg.steps, execution.micro_rows, devices, autocast
             )
@@ -123,6 +124,7 @@ def train(
             for weight, total in zip(weights, gradients, strict=True):
                 weight.grad = total
             norm = shard.clip(weights, cfg.clip_norm)
+            batch = _draw(streams, done.step + 1, devices) if done.step + 1 < cfg.steps else None  # as a GPU computes
             *values, norm = torch.stack([*terms.values(), norm]).tolist()  # the step's only synchronisation
             if not math.isfinite(sum(values) + norm):
                 raise Diverged(done.step)
