@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from undo.lm import attention
 from undo.lm.tokens import Batch
 from undo.losses.terms import OnDemand
 
@@ -79,7 +80,7 @@ class BatchGradient:
         """The terms' sums over the whole batch, and their gradient. Curved terms go to `outer` instead, where given."""
         terms: Terms = {}
         for parts in zip(*(tokens.micro_batches(self.micro_rows) for tokens in self.batch.values()), strict=True):
-            with self.autocast:
+            with self.autocast, attention.shared():
                 part = self.objective({n: t.to(self.devices.device) for n, t in zip(self.batch, parts, strict=True)})
                 curved = part.outer if isinstance(part, OnDemand) else {}
                 if outer is not None:
