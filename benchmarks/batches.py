@@ -49,7 +49,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        stores = {role: store(Path(folder) / role, 4 * args.rows, args.length, seed) for seed, role in enumerate(ROLES)}
+        stores: dict[Role, TokenStore] = {
+            role: store(Path(folder) / role, 4 * args.rows, args.length, seed) for seed, role in enumerate(ROLES)
+        }
         stream = MixedStream(stores, dict.fromkeys(ROLES, 0.5), args.rows, seed=0)
         first = stream.batch(0)
         ways: dict[str, Callable[[int], object]] = {"whole": stream.batch}
@@ -108,10 +110,17 @@ def shares(batches: dict[str, tuple[float, float]], args: argparse.Namespace, sp
 
 def mask_ways(tokens: Tokens, window: int) -> dict[str, Callable[[int], object]]:
     """A CPU's masks of a micro-batch, of full and of sliding layers, as teacher and student ask for them."""
-    width = {"hidden_size": 16, "intermediate_size": 16, "heads": 1, "kv_heads": 1, "head_dim": 16, "layers": 2}
-    models = [ReducedGemma2(vocab_size=8, sliding_window=window, **width).build(0) for _ in ("teacher", "student")]
-    for model in models:
-        place(model, torch.device("cpu"))
+    shape = ReducedGemma2(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=16,
+        layers=2,
+        heads=1,
+        kv_heads=1,
+        head_dim=16,
+        sliding_window=window,
+    )
+    models = [place(shape.build(0), torch.device("cpu")) for _ in ("teacher", "student")]
 
     def each(_step: int) -> None:
         for model in models:
