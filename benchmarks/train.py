@@ -135,7 +135,7 @@ def ours(case: str, side: Side, args: argparse.Namespace, student: Any, teacher:
         def __init__(self, index: int) -> None:
             self.index = index
 
-        def batch(self, step: int) -> Any:
+        def batch(self, step: int, rank: int, ranks: int) -> Any:
             return collate([[row] for row in ids[step, self.index].numpy()], args.length)
 
     names = ("forget", "retain") if case.startswith("rmu") else ("train",)

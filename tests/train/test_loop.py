@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.conftest import SHAPE, execution, lively, metrics, training
 from undo.data.store import TokenStore
@@ -92,6 +93,87 @@ def test_accumulation_over_micro_batches_is_exact(tmp_path, data, rows):
     one, two = (metrics(tmp_path / x / "tiny/pretrain/x") for x in "ab")
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-6)
+
+
+class Watched:
+    """A stream that says which batches it was asked for."""
+
+    def __init__(self, rows: MixedStream, events: list):
+        self.rows, self.events = rows, events
+
+    def batch(self, step, rank, ranks):
+        self.events.append(("drawn", step))
+        return self.rows.batch(step, rank, ranks)
+
+
+def watched(folder, data, monkeypatch, **more) -> tuple[list, nn.Module]:
+    """One small training -> which batch was drawn when, and when the loop waited for its numbers; and the model."""
+    events, model, synchronises = [], lively(SHAPE.build(0)), torch.Tensor.tolist
+    run, config = make(folder, training(evaluate_every=2), checkpoint_every=2)
+
+    def tolist(tensor):
+        if tensor.is_floating_point():
+            events.append("waited")
+        return synchronises(tensor)
+
+    def objective(batch):
+        events.append("computed")
+        return {"ce": cross_entropy(model, batch["train"])}
+
+    def evaluate(step, full):
+        events.append("evaluated")
+        return Measured({"retain": step / 6, "forget": 0.0}, 10)
+
+    streams = {"train": Watched(stream(data), events)}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "tolist", tolist)
+        train(model, objective, streams, config.training, config.execution, run, evaluate, **more)
+    return events, model
+
+
+def steps_of(events: list) -> list[int]:
+    return [event[1] for event in events if isinstance(event, tuple)]
+
+
+def test_the_next_batch_is_drawn_before_a_step_is_waited_for(tmp_path, data, monkeypatch):
+    """While a GPU computes. Each once, none after the last; and bit by bit what a loop that draws in time does."""
+    events, trained = watched(tmp_path, data, monkeypatch)
+    step = ["computed", ("drawn", 1), "waited", "computed", ("drawn", 2), "waited", "evaluated"]
+    assert events[: len(step) + 2] == ["evaluated", ("drawn", 0), *step]
+    assert events[-3:] == ["computed", "waited", "evaluated"]
+    assert steps_of(events) == [0, 1, 2, 3, 4, 5]
+
+    model, batches, losses = lively(SHAPE.build(0)), stream(data), []
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, betas=training().betas, weight_decay=0.0, fused=True)
+    for number in range(6):
+        loss = cross_entropy(model, batches.batch(number))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), training().clip_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert same(model, trained)
+    assert [line["loss"] for line in metrics(tmp_path / "tiny/pretrain/x") if "loss" in line] == losses
+
+
+def test_a_batch_that_was_drawn_for_nothing_is_drawn_again(tmp_path, data, monkeypatch):
+    """Ahead of an evaluation that ends the run, and of a request to stop, after which the run is resumed."""
+    _, undisturbed = watched(tmp_path / "a", data, monkeypatch)
+    reached, _ = watched(tmp_path / "b", data, monkeypatch, stop=lambda found: found["retain"] >= 0.6)
+    assert steps_of(reached) == [0, 1, 2, 3, 4]
+
+    def step(gradient):
+        monkeypatch.setattr(Run, "_stop_requested", gradient.progress == 0.5)
+        return gradient()
+
+    with pytest.raises(Interrupted):
+        watched(tmp_path / "c", data, monkeypatch, step=step)
+    monkeypatch.setattr(Run, "_stop_requested", False)
+    rest, resumed = watched(tmp_path / "c", data, monkeypatch)
+    assert steps_of(rest) == [4, 5]
+    assert same(resumed, undisturbed)
+    one, two = (tmp_path / x / "tiny/pretrain/x/metrics.jsonl" for x in "ac")
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_schedule():

@@ -217,6 +217,14 @@ class TokenStore:
         tokens[:, : self._width] = stored
         return np.split(tokens.view("<u4")[:, 0], np.array(bounds[1:-1]) - bounds[0])
 
+    def lengths(self, rows: Sequence[int]) -> np.ndarray:
+        """Of all pieces of these rows, in order: int64 [pieces]. No token is read."""
+        chosen = np.array(rows, dtype=np.int64)
+        first, behind = np.asarray(self._rows[chosen]), np.asarray(self._rows[chosen + 1])
+        counts = behind - first
+        pieces = np.arange(counts.sum()) + np.repeat(behind - counts.cumsum(), counts)
+        return np.asarray(self._pieces[pieces + 1] - self._pieces[pieces])
+
     @property
     def tokens(self) -> int:
         return int(self._pieces[-1])

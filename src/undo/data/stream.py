@@ -1,13 +1,14 @@
 """An endless stream of batches, mixed from packed documents by role."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 
 from undo.config.schema import Role
 from undo.data.rows import Rows
-from undo.lm.tokens import Tokens, collate
+from undo.lm.tokens import Tokens, collate, counts
 
 DRAWN_AT_ONCE: Final = 1 << 16  # rows: a training of any length holds the draws of so many
 
@@ -45,20 +46,29 @@ class MixedStream:
             self._taken[i] += mine.sum()
         self._next += 1
 
-    def _row(self, source: int, nth: int) -> list[np.ndarray]:
-        store = self._stores[source]
-        epoch, index = divmod(nth, len(store))
+    def _row(self, source: int, nth: int) -> int:
+        """Which row of its store the n-th one of a role is."""
+        epoch, index = divmod(nth, size := len(self._stores[source]))
         if self._orders.get(source, (None,))[0] != epoch:
-            order = np.random.default_rng([self._seed, 1, source, epoch]).permutation(len(store))
+            order = np.random.default_rng([self._seed, 1, source, epoch]).permutation(size)
             self._orders[source] = (epoch, order)
-        return store[self._orders[source][1][index]]
+        return int(self._orders[source][1][index])
 
-    def batch(self, step: int) -> Tokens:
+    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Tokens:
+        """The rows rank, rank + ranks, ... of the step's batch; its `total` and `documents` are those of all rows.
+
+        Of the other ranks' rows the lengths of the pieces are read, and no tokens: `collate` labels all of a piece but
+        its last token, so lengths say what it would count, and ranks need not ask each other.
+        """
         block, index = divmod(step, self._steps)
         if block < self._next - 1:
             self._rewind()
         while self._next <= block:
             self._draw()
         part = slice(index * self._rows, (index + 1) * self._rows)
-        rows = zip(self._source[part].tolist(), self._nth[part].tolist(), strict=True)
-        return collate((self._row(source, nth) for source, nth in rows), self._length)
+        drawn = zip(self._source[part].tolist(), self._nth[part].tolist(), strict=True)
+        rows = [(source, self._row(source, nth)) for source, nth in drawn]
+        lengths = [store.lengths([row for s, row in rows if s == i]) for i, store in enumerate(self._stores)]
+        total, documents = counts(np.concatenate(lengths))
+        mine = collate((self._stores[source][row] for source, row in rows[rank::ranks]), self._length)
+        return replace(mine, total=total, documents=documents)

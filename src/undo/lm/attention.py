@@ -1,6 +1,9 @@
 """Attention over packed rows: the masks that keep documents apart, and exact softcapped attention for a CPU."""
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,22 @@ class Blocks(NamedTuple):
     masks: list[Tensor]  # additive, [rows, 1, 1, queries, keys]; the last key is the block's last query
 
 
+_shared: list[dict[Any, tuple[Tensor, Any]]] = []  # positions, which keep their id as long as they stand here; a mask
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """While it lasts, a mask is made once for all that read the same positions in one way: teacher and student.
+
+    The masks end with it. Batches that are kept longer, for evaluation, would hold more in masks than in tokens.
+    """
+    _shared.append({})
+    try:
+        yield
+    finally:
+        _shared.pop()
+
+
 def masks(model: PreTrainedModel, tokens: Tokens) -> "Tensor | BlockMask | Blocks | dict[str, Any]":
     """A token sees itself and what precedes it in its own document, in sliding layers not beyond their window.
 
@@ -44,17 +63,26 @@ def masks(model: PreTrainedModel, tokens: Tokens) -> "Tensor | BlockMask | Block
 
 
 def _mask(model: PreTrainedModel, tokens: Tokens, window: int | None) -> "Tensor | BlockMask | Blocks":
-    document = (tokens.positions == 0).cumsum(1)
-    kind = document.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
-    if model.config._attn_implementation == "flex_attention":
+    device, attention = tokens.positions.device.type, cast(str, model.config._attn_implementation)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    if not _shared:
+        return _made(tokens.positions, attention, window, dtype)
+    kind = (id(tokens.positions), attention, window, dtype)
+    if kind not in _shared[-1]:
+        _shared[-1][kind] = tokens.positions, _made(tokens.positions, attention, window, dtype)
+    return _shared[-1][kind][1]
+
+
+def _made(positions: Tensor, attention: str, window: int | None, dtype: torch.dtype) -> "Tensor | BlockMask | Blocks":
+    document = (positions == 0).cumsum(1)
+    if attention == "flex_attention":
         return _block_mask(document, window)
-    if model.config._attn_implementation == "blocked":
-        return _blocks(tokens.positions, document, dtype, window)
+    if attention == "blocked":
+        return _blocks(positions, document, dtype, window)
     visible = (document[:, None, :, None] == document[:, None, None, :]).tril()  # [rows, 1, length, length]
     if window is not None:
         visible = visible.triu(1 - window)
-    return visible if model.config._attn_implementation == "sdpa" else _additive(visible, dtype)
+    return visible if attention == "sdpa" else _additive(visible, dtype)
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,14 +148,22 @@ AttentionMaskInterface.register("blocked", eager_mask)
 
 def _block_mask(document: Tensor, window: int | None) -> "BlockMask":
     """Blocks that no token sees are skipped by the kernel. On CUDA the mask is compiled: it is never held densely."""
-    from torch.nn.attention.flex_attention import create_block_mask
 
     def sees(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own = (query >= key) & (document[row, query] == document[row, key])
         return own if window is None else own & (query - key < window)
 
     rows, length = document.shape
-    return create_block_mask(sees, rows, None, length, length, document.device, _compile=document.is_cuda)
+    with torch.no_grad(), torch.autocast(document.device.type, enabled=False):  # else it is compiled for each way anew
+        return _create_block_mask(document.is_cuda)(sees, rows, None, length, length, document.device)
+
+
+@cache
+def _create_block_mask(compiled: bool) -> "Callable[..., BlockMask]":
+    """torch's own. Where it is compiled, once for all masks."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask) if compiled else create_block_mask
 
 
 def unsupported(model: PreTrainedModel, reason: str) -> ConfigError:

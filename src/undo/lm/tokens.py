@@ -71,8 +71,8 @@ class Tokens:
         counted = int(real[has_labels].sum())
         return cls(input_ids.long(), positions, shifted, labelled, documents, counted_in_all=counted)
 
-    def rows(self, start: int, stop: int | None = None, step: int = 1) -> Self:
-        part = slice(start, stop, step)
+    def rows(self, start: int, stop: int) -> Self:
+        part = slice(start, stop)
         return replace(
             self,
             input_ids=self.input_ids[part],
@@ -154,6 +154,11 @@ def token_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> lis
     return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
+def counts(lengths: np.ndarray) -> tuple[int, int]:
+    """How many labels pieces of these lengths have, and how many of the pieces have one: no token need be read."""
+    return int(lengths.sum()) - len(lengths), int((lengths > 1).sum())
+
+
 def collate(rows: Iterable[list[np.ndarray]], length: int | None = None) -> Tokens:
     """Rows of document pieces -> Tokens, padded on the right with id 0 to `length` or to the longest row."""
     import torch
@@ -173,7 +178,7 @@ def collate(rows: Iterable[list[np.ndarray]], length: int | None = None) -> Toke
             labels[i, start : end - 1] = ids[i, start + 1 : end]
             marked[i, start:end] = piece >= MARK
         positions[i, end:] = np.arange(width - end)  # padding is a document of its own
-    total, documents = int((labels != IGNORE).sum()), sum(len(piece) > 1 for row in rows for piece in row)
+    total, documents = counts(np.array([len(piece) for row in rows for piece in row], dtype=np.int64))
     return Tokens(
         torch.from_numpy(ids),
         torch.from_numpy(positions),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from undo.lm import attention
 from undo.lm.tokens import Batch
 from undo.losses.terms import OnDemand
 
@@ -52,7 +53,7 @@ class BatchGradient:
     """Gradient, by backward passes over the micro-batches of this process's part of the batch."""
 
     objective: Objective
-    batch: Batch
+    batch: Batch  # the rows of this process, which know the totals of all
     weights: Sequence[nn.Parameter]
     progress: float
     micro_rows: int | None
@@ -78,9 +79,8 @@ class BatchGradient:
     ) -> tuple[Terms, Gradients]:
         """The terms' sums over the whole batch, and their gradient. Curved terms go to `outer` instead, where given."""
         terms: Terms = {}
-        mine = [t.rows(self.devices.process_index, step=self.devices.num_processes) for t in self.batch.values()]
-        for parts in zip(*(tokens.micro_batches(self.micro_rows) for tokens in mine), strict=True):
-            with self.autocast:
+        for parts in zip(*(tokens.micro_batches(self.micro_rows) for tokens in self.batch.values()), strict=True):
+            with self.autocast, attention.shared():
                 part = self.objective({n: t.to(self.devices.device) for n, t in zip(self.batch, parts, strict=True)})
                 curved = part.outer if isinstance(part, OnDemand) else {}
                 if outer is not None:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,16 @@ from undo.config.schema import Execution, Training
 from undo.data.stream import MixedStream
 from undo.evaluate.evaluator import Measured
 from undo.lm import flops
+from undo.lm.tokens import Batch
 from undo.runs import ranks
 from undo.runs.directory import Diverged, Interrupted
 from undo.runs.ranks import this_process
 from undo.train import shard
 from undo.train.gradient import BatchGradient, Objective, Step, plain
 from undo.train.recorder import Recorder
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 Evaluate = Callable[[int, bool], Measured]  # of a step, and whether on the whole validation set
 Stop = Callable[[Mapping[str, float]], bool]
@@ -91,6 +96,7 @@ def train(
     autocast = mixed_precision(cfg, devices.device)
     done = _resume(recorder, model, weights, optimizer, rng)
     pace = _Pace()
+    batch: Batch | None = None  # of the coming step, where it is drawn already
     with recorder.saves_before_it_stops():
         while True:
             if cfg.evaluates(done.step) and done.evaluated != done.step:
@@ -108,15 +114,17 @@ def train(
                     raise Interrupted
 
             began = time.perf_counter()
-            batch = {name: stream.batch(done.step) for name, stream in streams.items()}
+            batch = batch or _draw(streams, done.step, devices)
             gradient = BatchGradient(
                 objective, batch, weights, done.step / cfg.steps, execution.micro_rows, devices, autocast
             )
+            tokens = cfg.batch_rows * sum(tokens.input_ids.shape[1] for tokens in batch.values())
             with flops.counted() as count:
                 terms, gradients = step(gradient)
             for weight, total in zip(weights, gradients, strict=True):
                 weight.grad = total
             norm = shard.clip(weights, cfg.clip_norm)
+            batch = _draw(streams, done.step + 1, devices) if done.step + 1 < cfg.steps else None  # as a GPU computes
             *values, norm = torch.stack([*terms.values(), norm]).tolist()  # the step's only synchronisation
             if not math.isfinite(sum(values) + norm):
                 raise Diverged(done.step)
@@ -127,7 +135,6 @@ def train(
             optimizer.zero_grad()
             gradients = total = None  # as large as the model, and the next step makes its own
             done.step += 1
-            tokens = sum(tokens.input_ids.numel() for tokens in batch.values())
             done.tokens += tokens
             mine = len(range(devices.process_index, cfg.batch_rows, devices.num_processes))
             done.flops += count.total * cfg.batch_rows // mine
@@ -135,6 +142,11 @@ def train(
             by_name = {f"loss/{name}": value for name, value in zip(terms, values, strict=True)}
             recorder.record(done.step, {"loss": sum(values), **by_name, "grad_norm": norm, "learning_rate": rate})
     return Outcome(done.step, done.tokens, done.flops, done.evaluation_tokens, done.evaluation, pace.tokens_per_second)
+
+
+def _draw(streams: Mapping[str, MixedStream], step: int, devices: "PartialState") -> Batch:
+    """This process's rows of a step's batch."""
+    return {name: s.batch(step, devices.process_index, devices.num_processes) for name, s in streams.items()}
 
 
 def _optimizer(weights: Sequence[nn.Parameter], cfg: Training) -> torch.optim.Optimizer:
