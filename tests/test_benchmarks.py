@@ -3,7 +3,19 @@
 import os
 import sys
 
+import equality
 import measure
+import pytest
+
+from undo.losses.targets import UniformKL
+from undo.runs.ranks import this_process
+
+
+@pytest.fixture
+def small() -> equality.Asked:
+    device = this_process().device
+    assert device is not None
+    return equality.Asked(device, small=True, vocabulary=500, tokens=40)
 
 
 def test_a_side_finds_this_code_and_what_its_parent_finds(tmp_path, monkeypatch):
@@ -21,3 +33,32 @@ def test_a_side_finds_this_code_and_what_its_parent_finds(tmp_path, monkeypatch)
     monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     with measure._worker("case", "ours", measure.Side(ours=True)) as worker:
         assert measure._ask(worker) == {"value": 7}
+
+
+@pytest.mark.parametrize("name", equality.CHECKS)
+def test_the_fast_paths_of_this_device_equal_the_formulas(name, small):
+    line = equality.check(name, small)
+    assert "failed" not in line
+    assert line["relative_errors"]
+    assert line["too_large"] == []
+
+
+def test_what_is_not_equal_is_named(small, monkeypatch):
+    exact = UniformKL.pull
+
+    def wrong(*asked):
+        loss, gradient = exact(*asked)
+        return loss * 1.001, gradient
+
+    monkeypatch.setattr(UniformKL, "pull", wrong)
+    assert set(equality.check("losses", small)["too_large"]) == {"maxent/fp32/loss", "maxent/fp32/evaluated"}
+
+
+def test_a_check_that_breaks_says_so_and_is_not_passed(small, monkeypatch):
+    def broken(asked):
+        yield "one", 0.0, 1.0
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(equality.CHECKS, "losses", broken)
+    line = equality.check("losses", small)
+    assert (line["failed"], line["relative_errors"]) == ("RuntimeError: no kernel image", {"one": 0.0})
