@@ -19,6 +19,8 @@ from undo.runs.run import Run
 from undo.train.loop import learning_rate, train
 from undo.unlearn import GradDiff, Smoothing
 
+pytestmark = pytest.mark.device
+
 
 def make(folder: Path, cfg=None, **run_execution) -> tuple[Run, Pretrain]:
     config = Pretrain.model_validate(
