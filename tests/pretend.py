@@ -53,9 +53,10 @@ class Pretend(TorchDispatchMode):
 
 
 def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operation of aten, on the CPU; the result is where a card's would be. Raises RuntimeError where a card does."""
+    """An operation, on the CPU; its result is where a card's would be. Raises RuntimeError where a card does."""
     name, tensors = func._schema.name, [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    places = {isinstance(t, Elsewhere) for t in tensors if t.dim() > 0}  # a single number may be anywhere
+    strict = name in ("aten::stack", "aten::cat")  # elsewhere a CPU's single number will do
+    places = {isinstance(t, Elsewhere) for t in tensors if strict or t.dim() > 0 or isinstance(t, Elsewhere)}
     if len(places) > 1 and name not in BETWEEN and "index" not in name:
         raise RuntimeError(f"{func}: Expected all tensors to be on the same device")
     asked = kwargs.get("device")
