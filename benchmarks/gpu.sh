@@ -5,7 +5,7 @@
 #   bash benchmarks/gpu.sh prepare    where pip works, in the checkout: 3.1 MB of wheels to .whl/, for Python 3.12
 #   bash benchmarks/gpu.sh check      on the card, .whl/ carried along: is everything right there? Equality, then the tests
 #   bash benchmarks/gpu.sh speed      ceilings, kernels, memory, and each kind of run beside the plain baseline
-#   bash benchmarks/gpu.sh report     the whole table: benchmarks/report.py --quick
+#   bash benchmarks/gpu.sh report     the whole table (report.md): benchmarks/report.py --quick
 #
 # Each writes <command>.log and <command>.jsonl to $OUT (gpu/) as it goes. A step that fails or takes too long loses neither
 # what it has said nor the steps after it; the last lines say how each ended. Here, without a card: add --small.
@@ -103,7 +103,7 @@ speed)
     finish ;;
 report)
     begin
-    step 560 report "$PYTHON" benchmarks/report.py --quick --into "$OUT" ${small:+"$small"}
+    bench 560 report report.py --quick --unchecked ${small:+"$small"}
     finish ;;
 *)
     sed -n '2,13s/^# \{0,1\}//p' "$0"

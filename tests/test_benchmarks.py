@@ -3,6 +3,7 @@
 import os
 import sys
 
+import demo
 import equality
 import measure
 import pytest
@@ -62,3 +63,30 @@ def test_a_check_that_breaks_says_so_and_is_not_passed(small, monkeypatch):
     monkeypatch.setitem(equality.CHECKS, "losses", broken)
     line = equality.check("losses", small)
     assert (line["failed"], line["relative_errors"]) == ("RuntimeError: no kernel image", {"one": 0.0})
+
+
+def run(name, seconds, stepping, evaluation_seconds, flops, evaluation_flops):
+    facts = {"name": name, "seconds": seconds, "evaluation_seconds": evaluation_seconds, "flops": flops}
+    return facts | {"evaluation_flops": evaluation_flops, "tokens": 1000 * stepping, "tokens_per_second": 1000.0}
+
+
+def test_where_the_demo_s_time_went_by_hand():
+    """Two cores of 10 FLOP/s, 50 s of wall: 100 core seconds, 90 of them at work. T = (400 + 60) / 20 = 23 s."""
+    runs = [
+        {"name": "prepare/data", "seconds": 6.0},
+        run("pretrain/a", 30.0, 22, 4.0, 200, 20),
+        run("pretrain/b", 29.0, 21, 5.0, 200, 40),
+    ]
+    found = demo.account(runs, wall=50.0, cpu=90.0, cores=2, peak=10.0)
+    assert found.limit == pytest.approx(23)
+    assert [*found.parts.values()] == pytest.approx([40, 3, 6, 3, 7, 6, 25, 10])
+    assert sum(found.parts.values()) == pytest.approx(100)
+    assert "**wall / T = 2.17**" in (text := demo.page(found, runs, [10.0], 0.0, "demo.py"))
+    assert "| pretrain | 2 | 0.0 | 93% | 59 | 73% | 15% |" in text
+
+
+def test_finished_runs_say_what_the_account_asks(undisturbed):
+    runs = demo.finished(undisturbed / "demo")
+    found = demo.account(runs, wall=1000.0, cpu=900.0, cores=2, peak=1e9)
+    assert sum(found.parts.values()) == pytest.approx(2000)
+    assert 0 < found.parts["the rest of evaluation"] + found.parts["the arithmetic of evaluation, at the peak"] < 900
