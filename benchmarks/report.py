@@ -113,8 +113,8 @@ def table(path: Path) -> str:
         f"Made by `uv run benchmarks/report.py`; all numbers in {path.name}.",
         "",
         "Ratios are baseline / ours, medians over interleaved rounds: larger is better. *Published*: the authors' way, "
-        "fp32. *Fixed*: the same with one-line fixes (autocast, fused AdamW, batched generation). *Target*: of the first "
-        "ratio, or of what it names. *Limit*: all FLOPs at 790 TFLOP/s, which an H200 reaches.",
+        "fp32. *Fixed*: the same with one-line fixes (autocast, fused AdamW, batched generation). *Target*: of the "
+        "first ratio, or of what it names. *Limit*: all FLOPs at 790 TFLOP/s, which an H200 reaches.",
         "",
         "| benchmark | tokens | threads | "
         + " | ".join(titles)

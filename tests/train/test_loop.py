@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import SHAPE, execution, lively, metrics, training
+from tests.conftest import DEVICE, SHAPE, execution, lively, metrics, training
 from undo.data.store import TokenStore
 from undo.data.stream import MixedStream
 from undo.evaluate.evaluator import Measured
@@ -59,7 +59,7 @@ def go(
     options = {key: more.pop(key) for key in ("rng", "stop", "step") if key in more}
     rows = more.pop("rows", 4)
     run, config = make(folder, cfg, **more)
-    model = model or lively(SHAPE.build(0))
+    model = (model or lively(SHAPE.build(0))).to(DEVICE)
     terms = objective(model) if objective else lambda batch: {"ce": cross_entropy(model, batch["train"])}
     outcome = train(
         model, terms, {"train": stream(data, rows)}, config.training, config.execution, run, evaluate, **options
