@@ -185,7 +185,8 @@ def environment() -> dict[str, Any]:
 def _worker(case: str, side: str, how: Side) -> Iterator[subprocess.Popen[str]]:
     environment = {key: value for key, value in os.environ.items() if key not in MALLOC}
     environment |= MALLOC if how.tuned_malloc else {}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])  # the stage scripts
+    paths = (str(Path(__file__).parents[1] / "src"), os.environ.get("PYTHONPATH"))  # this code, installed or not
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, *sys.argv, "--worker", case, side]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

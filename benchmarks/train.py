@@ -2,9 +2,10 @@
 
     uv run benchmarks/train.py [--case distill-0.1B] [--length 256] [--rows 1] [--steps 2]
 
-Cases: cross entropy and KL of the 0.1B and 0.3B shapes (Table 1), and RMU on 14 layers. The 0.3B ones need about 5 GiB
-a side and are measured on a GPU, or on request. MFU counts the FLOPs of the model, causal attention included, and no
-recomputation; the floor of performance.md is an MFU of 0.8 (790 of 989 TFLOP/s).
+Cases: cross entropy and KL of the 0.1B and 0.3B shapes (Table 1), RMU on 14 layers, and a relearning attack on the 2B.
+The 0.3B ones need about 5 GiB a side, the attack 60: they are measured on a GPU, or on request. MFU counts the FLOPs of
+the model, causal attention included, and no recomputation; the floor of performance.md is an MFU of 0.8 (790 of 989
+TFLOP/s).
 """
 
 import argparse
@@ -21,7 +22,17 @@ from undo.prepare_models.reduced_gemma2 import ReducedGemma2
 SHAPES = {
     "0.1B": ReducedGemma2(hidden_size=320, intermediate_size=1280),
     "0.3B": ReducedGemma2(hidden_size=768, intermediate_size=3072),
+    "2B": ReducedGemma2.model_validate({"size": "2B"}),
 }
+CASES = {  # and how many forward passes a step's arithmetic is
+    "pretrain-0.1B": 3,
+    "pretrain-0.3B": 3,
+    "distill-0.1B": 4,
+    "distill-0.3B": 4,
+    "rmu-0.1B": None,
+    "attack-2B": 3,
+}
+EVERYWHERE = ("pretrain-0.1B", "distill-0.1B", "rmu-0.1B")
 RMU = {"layer": 10, "trained_layers": [8, 9, 10]}
 FOUR_SIDES = ("published", "fixed", "ours", "ours_bf16")  # more do not fit 24 GiB side by side
 
@@ -34,23 +45,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=2, help="in one repetition")
     parser.add_argument("--vocabulary", type=int, default=256_000)
     parser.add_argument("--compile", action="store_true", help="our model's body")
+    parser.add_argument("--small", action="store_true", help="tiny models, to try the script")
 
 
 def shape_of(case: str, args: argparse.Namespace) -> ReducedGemma2:
-    return SHAPES[case.partition("-")[2]].model_copy(update={"vocab_size": args.vocabulary})
+    tiny = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "layers": 11} if args.small else {}
+    return SHAPES[case.partition("-")[2]].model_copy(update=tiny | {"vocab_size": args.vocabulary})
 
 
 def cases(args: argparse.Namespace) -> dict[str, Case]:
     found = {}
-    for kind, passes in (("pretrain", 3), ("distill", 4), ("rmu", None)):
-        for size in SHAPES:
-            name = f"{kind}-{size}"
-            if (size == "0.3B" and not measure.cuda() and name not in (args.case or ())) or name == "rmu-0.3B":
-                continue
-            tokens = args.steps * args.rows * args.length * (2 if kind == "rmu" else 1)
-            flops = passes and passes * shape_of(name, args).forward_flops(args.length) * tokens
-            # gradients of two models that start apart by rounding: the loss after a step of Adam differs more
-            found[name] = Case(tokens, flops, tolerance=0.02, sides=FOUR_SIDES)
+    for name, passes in CASES.items():
+        if name not in (args.case or (CASES if measure.cuda() else EVERYWHERE)):
+            continue
+        tokens = args.steps * args.rows * args.length * (2 if name.startswith("rmu") else 1)
+        flops = passes and passes * shape_of(name, args).forward_flops(args.length) * tokens
+        # gradients of two models that start apart by rounding: the loss after a step of Adam differs more
+        found[name] = Case(tokens, flops, tolerance=0.02, sides=FOUR_SIDES)
     return found
 
 
@@ -63,7 +74,7 @@ def build(case: str, side: Side, args: argparse.Namespace) -> Callable[[], float
     device = this_process().device
     assert device is not None
     student, teacher = shape_of(case, args).build(0), None
-    if not case.startswith("pretrain"):
+    if case.startswith(("distill", "rmu")):
         teacher = placing.freeze(shape_of(case, args).build(1))
     if side.ours:
         student = placing.place(student, device, args.compile)

@@ -14,12 +14,17 @@ import torch
 from hypothesis import settings
 from transformers import Gemma2ForCausalLM
 
+from tests import pretend
 from undo.config.schema import Execution, Training
 from undo.lm.tokens import MARK, Tokens, collate
 from undo.prepare_data.prepare import Prepare, prepare
 from undo.prepare_models.reduced_gemma2 import ReducedGemma2
+from undo.runs import ranks
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
+
+ON = os.environ.get("UNDO_TESTS_ON", "cpu")  # cuda: the marked tests on the card; pretend: see tests/pretend.py
+DEVICE = pretend.begin() if ON == "pretend" else torch.device(ON)
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
@@ -53,6 +58,21 @@ SMALL = [  # the demo's own configs, so small that every stage takes a second or
 CHAIN = ("*undo_0.6-lr_4e-03*",)  # one adversary, and with it prepare, reference, unlearn and undo
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "device: what it asserts holds on every device; UNDO_TESTS_ON=cuda takes it")
+    config.addinivalue_line("markers", "cpu: of such a module, what holds on a CPU only")
+    if ON == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("UNDO_TESTS_ON=cuda, but torch sees no card")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if DEVICE.type == "cpu":
+        return
+    left = [item for item in items if not item.get_closest_marker("device") or item.get_closest_marker("cpu")]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_and_slots_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Bit-equal results need a fixed number of threads; device locks must not meet those of a user's launcher.
@@ -63,7 +83,10 @@ def _one_thread_and_slots_of_our_own(tmp_path_factory: pytest.TempPathFactory) -
         signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("slots"))
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if ON != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if ON == "pretend":
+        ranks.this_process().device = DEVICE
     return
 
 
@@ -106,7 +129,7 @@ def lively(model: Gemma2ForCausalLM, seed: int = 1) -> Gemma2ForCausalLM:
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn(weight.shape, generator=rng) * 0.3)
-    return model
+    return model.to(DEVICE)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def batch(rows: int = 4, length: int = 12, seed: int = 0, vocab_size: int = SHAPE.vocab_size) -> Tokens:
@@ -119,7 +142,7 @@ def batch(rows: int = 4, length: int = 12, seed: int = 0, vocab_size: int = SHAP
         return rng.integers(4, vocab_size, size=size) | np.where(rng.random(size) < 0.5, MARK, 0)
 
     sizes = rng.integers(2, length // 2, size=(rows, 2))
-    return collate([[document(a), document(b)] for a, b in sizes.tolist()], length)
+    return collate([[document(a), document(b)] for a, b in sizes.tolist()], length).to(DEVICE)
 
 
 def training(**changes: object) -> Training:

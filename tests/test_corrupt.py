@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import SHAPE
+from tests.conftest import DEVICE, SHAPE
 from undo.corrupt import Noise
+
+pytestmark = pytest.mark.device
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -15,12 +17,12 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def perturbed(noise: Noise, seed: int = 0):
-    model = SHAPE.build(0)
+    model = SHAPE.build(0).to(DEVICE)
     for _name, weight in model.named_parameters():
         if weight.ndim == 1:
             nn.init.constant_(weight, 0.5)
     before = weights(model)
-    noise.apply(model, SHAPE.build(77), torch.Generator().manual_seed(seed))
+    noise.apply(model, SHAPE.build(77).to(DEVICE), torch.Generator().manual_seed(seed))
     return before, weights(model)
 
 
@@ -50,7 +52,7 @@ def test_xavier_statistics_and_zero_vectors():
 
 def test_alpha_and_beta_one_is_a_fresh_initialisation_where_init_noise_is_chosen():
     _, after = perturbed(Noise(alpha=1.0, beta=1.0, distribution="init"))
-    fresh = weights(SHAPE.build(77))
+    fresh = weights(SHAPE.build(77).to(DEVICE))
     assert all(torch.equal(after[k], fresh[k]) for k in fresh)
 
 
@@ -75,7 +77,7 @@ def test_noise_has_its_own_generator():
 
 
 def test_tied_embeddings_are_perturbed_once():
-    model = SHAPE.build(0)
+    model = SHAPE.build(0).to(DEVICE)
     before = model.model.embed_tokens.weight.detach().clone()
     Noise(alpha=0.5, beta=0.0).apply(model, model, torch.Generator())
     torch.testing.assert_close(model.lm_head.weight, before / 2)

@@ -48,11 +48,12 @@ class Noise(Frozen):
                     assert initial is not None
                     sample = initial[name]
                 elif weight.ndim == 2:
-                    sample = torch.empty_like(weight)
+                    drawn_on = None if rng is None else rng.device  # a run's is a CPU's: the same on every device
+                    sample = torch.empty_like(weight, device=drawn_on)
                     torch.nn.init.xavier_uniform_(sample, generator=rng)
                 else:
                     sample = torch.zeros_like(weight)
-                weight.mul_(1 - self.alpha).add_(sample, alpha=self.alpha * self.beta)
+                weight.mul_(1 - self.alpha).add_(sample.to(weight.device), alpha=self.alpha * self.beta)
 
     def _keeps(self, name: str, model: "nn.Module", initial: "dict[str, nn.Parameter] | None") -> bool:
         """Whether the vector of this name is left alone."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.conftest import SHAPE, training
+from tests.conftest import DEVICE, SHAPE, training
 from tests.train.test_loop import go
 from undo.config.mistakes import ConfigError
 from undo.data.ends import family_ends
@@ -22,6 +22,8 @@ from undo.losses import cross_entropy
 from undo.runs.directory import RunDirectory
 from undo.train.fit import shared_evaluation
 from undo.train.stage import TrainingStage
+
+pytestmark = pytest.mark.device
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def test_teacher_forcing_equals_greedy_decoding(half_trained, problems, tokenize
             np.logical_and.at(hits, owner, arg_max_hits(half_trained, tokens))
         greedy = []
         for problem in problems:
-            prompt = tokenizer(problem.prompt, return_tensors="pt")["input_ids"]
+            prompt = tokenizer(problem.prompt, return_tensors="pt")["input_ids"].to(DEVICE)
             written = half_trained.generate(
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, pad_token_id=0
             )
@@ -77,7 +79,7 @@ def test_damaged_problems_are_named(data, tmp_path, damage, said):
 
 
 def test_accuracy_does_not_depend_on_how_problems_are_batched(half_trained, data):
-    one, two = (Accuracy(rows=rows).load(data, torch.device("cpu")) for rows in (1, 500))
+    one, two = (Accuracy(rows=rows).load(data, DEVICE) for rows in (1, 500))
     with torch.no_grad():
         assert one(half_trained, True).values == two(half_trained, True).values
 
@@ -85,7 +87,7 @@ def test_accuracy_does_not_depend_on_how_problems_are_batched(half_trained, data
 @pytest.mark.parametrize("evaluation", [Accuracy(), TokenCrossEntropy()], ids=lambda e: e.name)
 def test_an_evaluation_takes_no_gradient(half_trained, data, evaluation):
     """Whoever calls it, and in whatever mode."""
-    evaluate = evaluation.load(data, torch.device("cpu"))
+    evaluate = evaluation.load(data, DEVICE)
     with torch.no_grad():
         expected = evaluate(half_trained, True)
     with torch.enable_grad():
@@ -96,16 +98,16 @@ def test_a_fixed_evenly_spaced_subset_at_a_share_of_the_cost(half_trained, data,
     """Every k-th problem, and only those; the whole set still when it is asked for."""
     chosen = problems[::4]
     with torch.no_grad():
-        evaluate = Accuracy(subset=len(chosen)).load(data, torch.device("cpu"))
+        evaluate = Accuracy(subset=len(chosen)).load(data, DEVICE)
         part, again, whole = (evaluate(half_trained, full) for full in (False, False, True))
-        assert whole.values == Accuracy().load(data, torch.device("cpu"))(half_trained, True).values
+        assert whole.values == Accuracy().load(data, DEVICE)(half_trained, True).values
     assert part == again
     assert part.values["validation_share"] == pytest.approx(1 / 4, abs=0.01)
     assert part.tokens < whole.tokens / 3
     tokenizer = AutoTokenizer.from_pretrained(data.folder / "tokenizer")
     right = []
     for problem in chosen:
-        prompt = tokenizer(problem.prompt, return_tensors="pt")["input_ids"]
+        prompt = tokenizer(problem.prompt, return_tensors="pt")["input_ids"].to(DEVICE)
         with torch.no_grad():
             text = half_trained.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)[0]
         right.append(tokenizer.decode(text, skip_special_tokens=True) == problem.text)
@@ -115,11 +117,11 @@ def test_a_fixed_evenly_spaced_subset_at_a_share_of_the_cost(half_trained, data,
 
 def test_cross_entropy_on_a_subset_is_that_of_its_rows(half_trained, data):
     with torch.no_grad():
-        part = TokenCrossEntropy(subset=2, rows=1).load(data, torch.device("cpu"))(half_trained, False)
+        part = TokenCrossEntropy(subset=2, rows=1).load(data, DEVICE)(half_trained, False)
         for role in ("retain", "forget"):
             store = TokenStore(data.folder / "validation" / role)
             tokens = next(store.batches([0, len(store) // 2], rows=2))
-            assert part.values[role] == pytest.approx(cross_entropy(half_trained, tokens).item(), rel=1e-6)
+            assert part.values[role] == pytest.approx(cross_entropy(half_trained, tokens.to(DEVICE)).item(), rel=1e-6)
     assert part.tokens == 4 * 32
     assert 0 < part.values["validation_share"] < 0.2
 
@@ -174,7 +176,7 @@ def test_groups_by_hand():
 
 def test_held_out_pairs_are_reported_apart(half_trained, data):
     with torch.no_grad():
-        measured = Accuracy().load(data, torch.device("cpu"))(half_trained, True).values
+        measured = Accuracy().load(data, DEVICE)(half_trained, True).values
     assert {"retain", "forget", "retain/unseen", "forget/unseen"} <= measured.keys()
 
 
@@ -189,12 +191,12 @@ def test_encoding_ends_in_eos_and_counts_the_prompt(problems, tokenizer):
 def test_cross_entropy_is_the_token_weighted_mean(half_trained, data):
     """One document at a time through Hugging Face's own loss."""
     with torch.no_grad():
-        measured = TokenCrossEntropy(rows=3).load(data, torch.device("cpu"))(half_trained, True).values
+        measured = TokenCrossEntropy(rows=3).load(data, DEVICE)(half_trained, True).values
         for role in ("retain", "forget"):
             store, total, count = TokenStore(data.folder / "validation" / role), 0.0, 0
             for row in range(len(store)):
                 for piece in store[row]:
-                    ids = torch.from_numpy(piece.astype(np.int64))[None]
+                    ids = torch.from_numpy(piece.astype(np.int64))[None].to(DEVICE)
                     n = ids.shape[1] - 1
                     total += float(half_trained(ids, labels=ids).loss) * n
                     count += n

@@ -161,9 +161,10 @@ def test_tokens_per_second_leave_the_first_step_out(tmp_path, data, monkeypatch)
         now[0] += 3600
         return train.Measured({"retain": 0.0, "forget": 0.0}, 1)
 
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=clock, monotonic=lambda: now[0]))
     _, outcome = go(tmp_path, data, evaluate=evaluate)
     assert outcome.tokens_per_second == pytest.approx(4 * 32 / 2)
+    assert outcome.evaluation_seconds == 3 * 3600
 
 
 # --- the estimate --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import SHAPE, execution, lively, metrics, training
+from tests.conftest import DEVICE, SHAPE, execution, lively, metrics, training
 from undo.data.store import TokenStore
 from undo.data.stream import MixedStream
 from undo.evaluate.evaluator import Measured
@@ -19,6 +19,8 @@ from undo.runs.directory import Diverged, Interrupted
 from undo.runs.run import Run
 from undo.train.loop import learning_rate, train
 from undo.unlearn import GradDiff, Smoothing
+
+pytestmark = pytest.mark.device
 
 
 def make(folder: Path, cfg=None, **run_execution) -> tuple[Run, Pretrain]:
@@ -58,7 +60,7 @@ def go(
     options = {key: more.pop(key) for key in ("rng", "stop", "step") if key in more}
     rows = more.pop("rows", 4)
     run, config = make(folder, cfg, **more)
-    model = model or lively(SHAPE.build(0))
+    model = (model or lively(SHAPE.build(0))).to(DEVICE)
     terms = objective(model) if objective else lambda batch: {"ce": cross_entropy(model, batch["train"])}
     outcome = train(
         model, terms, {"train": stream(data, rows)}, config.training, config.execution, run, evaluate, **options

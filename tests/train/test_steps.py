@@ -5,15 +5,18 @@ import gc
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from torch import nn
 
+from tests.conftest import DEVICE
 from tests.unlearn.test_methods import METHODS, gradients, log_probabilities, moved, roles, setting
 from undo.lm.tokens import collate
+from undo.runs.ranks import this_process
 from undo.train.gradient import BatchGradient
 from undo.train.shift import shifted
 from undo.unlearn import NPO, SAM, UAM, GradDiff, Smoothing
 from undo.unlearn.method import Method
+
+pytestmark = pytest.mark.device
 
 
 class Quadratic:
@@ -111,6 +114,7 @@ def test_weights_come_back_to_the_last_bit_even_after_an_error():
     assert torch.equal(weights[0], before)
 
 
+@pytest.mark.cpu  # counts plain tensors
 @pytest.mark.parametrize(
     ("method", "held"),
     [
@@ -152,8 +156,8 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).
 
 def batch_gradient(model, objective, micro_rows):
     weights = [w for w in model.parameters() if w.requires_grad]
-    off = torch.autocast("cpu", enabled=False)
-    return BatchGradient(objective, roles(rows=4), weights, 0.25, micro_rows, PartialState(cpu=True), off)
+    off = torch.autocast(DEVICE.type, enabled=False)
+    return BatchGradient(objective, roles(rows=4), weights, 0.25, micro_rows, this_process(), off)
 
 
 @every_method
@@ -236,7 +240,7 @@ def published(method, model, reference, data) -> list[torch.Tensor]:
     else:
         rng = torch.Generator().manual_seed(1)
         draws = [
-            forget_gradient([method.sigma * torch.randn(w.shape, generator=rng).double() for w in weights])
+            forget_gradient([method.sigma * torch.randn(w.shape, generator=rng).to(w) for w in weights])
             for _ in range(method.samples)
         ]
         forget = [sum(parts) / method.samples for parts in zip(*draws, strict=True)]
@@ -254,9 +258,9 @@ def test_a_preset_s_whole_step_is_the_published_one(kind, preset, lengths, micro
     moved(model, method)
     rng = np.random.default_rng(0)
     sizes = [24, 24, 24, 24] if lengths == "equal" else [24, 5, 12, 2]
-    data = {role: collate([[rng.integers(4, 448, size=n)] for n in sizes]) for role in ("retain", "forget")}
-    off = torch.autocast("cpu", enabled=False)
-    gradient = BatchGradient(objective, data, [*model.parameters()], 0.5, micro_rows, PartialState(cpu=True), off)
+    data = {role: collate([[rng.integers(4, 448, size=n)] for n in sizes]).to(DEVICE) for role in ("retain", "forget")}
+    off = torch.autocast(DEVICE.type, enabled=False)
+    gradient = BatchGradient(objective, data, [*model.parameters()], 0.5, micro_rows, this_process(), off)
     terms, step = method.step(gradient, torch.Generator().manual_seed(1))
     assert terms.keys() == {"forget", "retain"}
     expected = published(method, model, reference, data)

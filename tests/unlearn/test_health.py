@@ -14,6 +14,8 @@ from undo.losses import cross_entropy
 from undo.unlearn import GradDiff, MaxEnt, health
 from undo.unlearn.rmu import RMU
 
+pytestmark = pytest.mark.device
+
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_every_method_passes_its_own_check(method):

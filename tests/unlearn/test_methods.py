@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from tests.conftest import SHAPE, batch, lively
+from tests.conftest import DEVICE, SHAPE, batch, lively
 from undo.lm.place import freeze
 from undo.lm.read import hidden_states
 from undo.lm.tokens import IGNORE, MARK, Tokens, collate
@@ -16,6 +16,8 @@ from undo.unlearn.method import Method
 from undo.unlearn.npo import NPO, SimNPO
 from undo.unlearn.rmu import RMU
 from undo.unlearn.undial import UNDIAL
+
+pytestmark = pytest.mark.device
 
 NEEDED = {"rmu": {"layer": 1, "trained_layers": (0, 1), "c": 2.0, "alpha": 3.0}}  # keys without a default
 KINDS: list[type[Method]] = list(get_args(get_args(UnlearningMethod)[0]))
@@ -47,7 +49,7 @@ def moved(model, method: Method) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if method.trains(name):
-                weight += 0.02 * torch.randn(weight.shape, generator=rng)
+                weight += (0.02 * torch.randn(weight.shape, generator=rng)).to(weight)
 
 
 def roles(**changes) -> dict[str, Tokens]:
@@ -77,12 +79,12 @@ def test_padding_changes_nothing(method):
 def pad(tokens: Tokens, extra: int) -> Tokens:
     rows = len(tokens.input_ids)
     return Tokens(
-        torch.cat([tokens.input_ids, torch.zeros(rows, extra, dtype=torch.long)], 1),
-        torch.cat([tokens.positions, torch.arange(extra).expand(rows, extra)], 1),
-        torch.cat([tokens.labels, torch.full((rows, extra), IGNORE)], 1),
+        torch.cat([tokens.input_ids, tokens.input_ids.new_zeros(rows, extra)], 1),
+        torch.cat([tokens.positions, torch.arange(extra, device=DEVICE).expand(rows, extra)], 1),
+        torch.cat([tokens.labels, tokens.labels.new_full((rows, extra), IGNORE)], 1),
         tokens.total,
         tokens.documents,
-        torch.cat([tokens.marked, torch.zeros(rows, extra, dtype=torch.bool)], 1),
+        torch.cat([tokens.marked, tokens.marked.new_zeros(rows, extra)], 1),
     )
 
 
@@ -95,8 +97,8 @@ def test_packing_changes_nothing(method):
     marks = [np.array([0, MARK, 0, MARK, MARK, MARK, 0][:n]) for n in (5, 3, 7)]
     documents = {role: [rng.integers(4, 448, size=len(m)) | m for m in marks] for role in ("retain", "forget")}
     _model, _, objective = setting(method)
-    alone = objective({role: collate([[d] for d in docs]) for role, docs in documents.items()})
-    packed = objective({role: collate([docs]) for role, docs in documents.items()})
+    alone = objective({role: collate([[d] for d in docs]).to(DEVICE) for role, docs in documents.items()})
+    packed = objective({role: collate([docs]).to(DEVICE) for role, docs in documents.items()})
     assert_same(alone, packed)
 
 
@@ -122,7 +124,7 @@ def test_a_batch_without_a_label_costs_nothing(method, empty):
         assert nothing.total == nothing.documents == 0
         model, _, objective = setting(method)
         moved(model, method)
-        terms = objective(roles(rows=2) | dict.fromkeys(empty, nothing))
+        terms = objective(roles(rows=2) | dict.fromkeys(empty, nothing.to(DEVICE)))
         assert all(torch.isfinite(value) for value in terms.values())
         grads = gradients(model, terms)
         assert all(torch.isfinite(grad).all() for grad in grads.values())
@@ -338,7 +340,7 @@ def test_rmu_pushes_to_c_u_and_holds_to_the_reference():
         model.model.layers[0].mlp.down_proj.weight += 0.1
     data = roles()
     u = torch.randn(SHAPE.hidden_size, generator=torch.Generator().manual_seed(11))
-    u /= u.norm()
+    u = (u / u.norm()).to(DEVICE)
     mask = {role: all_positions(tokens) for role, tokens in data.items()}
 
     def first_block(of, role):
@@ -371,7 +373,7 @@ def test_adaptive_rmu_scales_the_push_with_the_reference_s_activation(draw):
     u = draw(SHAPE.hidden_size, generator=torch.Generator().manual_seed(11))
     mask = all_positions(data["forget"])
     h, h0 = (hidden_states(m, data["forget"], 0)[mask].double() for m in (model, reference))
-    target = 2.0 * h0.norm(dim=-1, keepdim=True) * (u / u.norm()).double()
+    target = 2.0 * h0.norm(dim=-1, keepdim=True) * (u / u.norm()).double().to(DEVICE)
     torch.testing.assert_close(objective(data)["misdirect"].double(), ((h - target) ** 2).mean(), rtol=1e-5, atol=0)
 
 
@@ -398,7 +400,7 @@ def by_document(model, tokens) -> tuple[torch.Tensor, torch.Tensor]:
     losses = -log_p.gather(1, labels[:, None])[:, 0]
     number = (tokens.positions == 0).flatten().cumsum(0)[(tokens.labels != IGNORE).flatten()]
     sums = [losses[number == n].sum() for n in number.unique()]
-    return torch.stack(sums), torch.tensor([float((number == n).sum()) for n in number.unique()])
+    return torch.stack(sums), torch.stack([(number == n).sum().float() for n in number.unique()])
 
 
 def test_npo_by_document():
@@ -440,7 +442,7 @@ def test_gradient_against_finite_differences(method):
     for term in objective(roles()):
         grads = torch.autograd.grad(objective(roles())[term], list(model.parameters()), allow_unused=True)
         rng = torch.Generator().manual_seed(5)
-        along = [torch.randn(w.shape, generator=rng, dtype=torch.float64) for w in model.parameters()]
+        along = [torch.randn(w.shape, generator=rng, dtype=torch.float64).to(DEVICE) for w in model.parameters()]
         expected = sum(float((g * d).sum()) for g, d in zip(grads, along, strict=True) if g is not None)
         values = []
         for sign in (1, -1):
@@ -511,7 +513,7 @@ def test_repnoise_of_pairs_is_that_of_the_marked_tokens_alone():
     import numpy as np
 
     whole = np.array([7, 8, 9, 20, 30, 21, 22]), np.array([50, 51, 52])  # 7 8 9 20 stand in the harmless one, too
-    forget = collate([[whole[0] | np.array([0, 0, 0, 0, MARK, MARK, MARK]), whole[1] | MARK]])
+    forget = collate([[whole[0] | np.array([0, 0, 0, 0, MARK, MARK, MARK]), whole[1] | MARK]]).to(DEVICE)
     data = roles() | {"forget": forget}
     model, _, objective = setting(RepNoise(noise_weight=1.0, ascent_weight=1.0, paired=True), seed=8)
     terms = objective(data)
@@ -526,7 +528,7 @@ def test_repnoise_of_pairs_is_that_of_the_marked_tokens_alone():
         ascent.append(torch.log1p(torch.stack(nll).mean()))
     torch.testing.assert_close(terms["ascent"].double(), -torch.stack(ascent).mean(), rtol=1e-4, atol=0)
 
-    unmarked = collate([list(whole)])
+    unmarked = collate([list(whole)]).to(DEVICE)
     assert float(objective(data | {"forget": unmarked})["noise"].detach()) == 0  # nothing differs
     read = torch.zeros_like(forget.labels, dtype=torch.bool)
     read[0, [4, 5, 7, 8]] = True  # 30, 21 and 50, 51; after 22 and 52 nothing is predicted
@@ -558,11 +560,11 @@ def test_repnoise_s_noise_term_written_out():
     values = []
     for n in number[mask].unique():
         here = mask & (number == n)
-        rng = torch.Generator().manual_seed((seed + zlib.crc32(tokens.input_ids[here].numpy().tobytes())) % 2**63)
+        rng = torch.Generator().manual_seed((seed + zlib.crc32(tokens.input_ids[here].cpu().numpy().tobytes())) % 2**63)
         chosen = torch.randperm(int(here.sum()), generator=rng)[:3]
         for output in outputs:
             x = output[here][chosen].double()
-            y = torch.randn(len(chosen), x.shape[1], generator=rng).double()
+            y = torch.randn(len(chosen), x.shape[1], generator=rng).to(x)
             points = torch.cat([x, y])
             d = ((points[:, None] - points[None]) ** 2).sum(-1)
             width = d.sum() / (len(points) ** 2 - len(points)) / 4
@@ -590,7 +592,7 @@ def test_repnoise_takes_micro_batches_without_a_token_of_its_own():
     marked, plain, short = np.array([5, 6 | MARK, 7 | MARK, 8]), np.array([5, 9, 7, 8]), np.array([5])
     for paired, other in ((True, plain), (False, short)):
         model, _, objective = setting(RepNoise(noise_weight=1.0, ascent_weight=1.0, paired=paired))
-        data = {"retain": batch(2, seed=1), "forget": collate([[marked], [other]])}
+        data = {"retain": batch(2, seed=1), "forget": collate([[marked], [other]]).to(DEVICE)}
         whole = gradients(model, {term: v for term, v in objective(data).items() if term in ("noise", "ascent")})
         parts = zip(*(tokens.micro_batches(1) for tokens in data.values()), strict=True)
         for retain, forget in parts:
@@ -609,7 +611,7 @@ def test_uam_s_losses():
         torch.testing.assert_close(value.double(), -log_p.gather(1, labels[:, None]).mean(), rtol=1e-5, atol=0)
     method = UAM(loss="representation", layer=0, trained_layers=(0,), offset=0.5)
     model, reference, objective = setting(method, seed=4)
-    u = torch.randn(SHAPE.hidden_size, generator=torch.Generator().manual_seed(4))
+    u = torch.randn(SHAPE.hidden_size, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     start = objective(data)
     assert float(start["retain"]) == 0
     torch.testing.assert_close(start["forget"], (0.5 * u / u.norm()).square().mean(), rtol=1e-4, atol=0)

@@ -4,8 +4,9 @@ import platform
 import resource
 import subprocess
 import sys
+import tomllib
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from undo.config.checkout import CHECKOUT
@@ -28,8 +29,23 @@ def environment() -> dict[str, Any]:
         "peak_rss_bytes": rss,
         "peak_device_bytes": peak,
         "git_revision": git_revision(),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in ("undo", "torch", "transformers")},
+        "versions": {
+            "python": platform.python_version(),
+            "undo": own_version(),
+            **{package: version(package) for package in ("torch", "transformers")},
+        },
     }
+
+
+@cache
+def own_version() -> str:
+    """The version of this code: that of the installed package, or of the checkout where none is installed."""
+    try:
+        return version("undo")
+    except PackageNotFoundError:
+        if CHECKOUT is None:  # a folder that was copied from somewhere
+            return "unknown"
+        return tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 
 
 @cache

@@ -93,6 +93,7 @@ def fit(
         "steps": outcome.steps,
         "tokens": outcome.tokens,
         "tokens_per_second": outcome.tokens_per_second,
+        "evaluation_seconds": round(outcome.evaluation_seconds, 3),
         "flops": outcome.flops,
         "evaluation_flops": size.forward_flops(length) * outcome.evaluation_tokens,
         "parameters": size.parameters,

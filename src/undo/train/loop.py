@@ -47,6 +47,7 @@ class Outcome:
     evaluation_tokens: int
     evaluation: dict[str, float]
     tokens_per_second: float | None = field(default=None, compare=False)  # of all devices, evaluation left out
+    evaluation_seconds: float = field(default=0.0, compare=False)  # of this process, what it waited for included
 
 
 def learning_rate(cfg: Training, step: int) -> float:
@@ -100,7 +101,9 @@ def train(
     with recorder.saves_before_it_stops():
         while True:
             if cfg.evaluates(done.step) and done.evaluated != done.step:
+                began = time.monotonic()
                 reached = _evaluate(evaluate, cfg, done, autocast, stop)
+                pace.evaluating += time.monotonic() - began
                 recorder.record(done.step, done.evaluation)
                 if reached:
                     break
@@ -141,7 +144,8 @@ def train(
             pace.took(time.perf_counter() - began, tokens)
             by_name = {f"loss/{name}": value for name, value in zip(terms, values, strict=True)}
             recorder.record(done.step, {"loss": sum(values), **by_name, "grad_norm": norm, "learning_rate": rate})
-    return Outcome(done.step, done.tokens, done.flops, done.evaluation_tokens, done.evaluation, pace.tokens_per_second)
+    counted = done.step, done.tokens, done.flops, done.evaluation_tokens, done.evaluation
+    return Outcome(*counted, pace.tokens_per_second, pace.evaluating)
 
 
 def _draw(streams: Mapping[str, MixedStream], step: int, devices: "PartialState") -> Batch:
@@ -166,6 +170,7 @@ class _Pace:
     steps: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    evaluating: float = 0.0  # seconds
 
     def took(self, seconds: float, tokens: int) -> None:
         if self.steps == 1:
