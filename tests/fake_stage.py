@@ -42,9 +42,13 @@ def directory(runs: Path, name: str) -> RunDirectory:
     return run
 
 
-def job(runs: Path, *names: str, after: tuple[str, ...] = (), share: DeviceShare = ONE) -> Job:
+def job(
+    runs: Path, *names: str, after: tuple[str, ...] = (), share: DeviceShare = ONE, imports: tuple[str, ...] = ()
+) -> Job:
+    """With `imports` it may be forked."""
     folders = tuple(directory(runs, name) for name in names)
-    return Job((sys.executable, __file__), folders, frozenset(f"test/{name}" for name in after), share)
+    argv = (sys.executable, "-m", "tests.fake_stage")
+    return Job(argv, folders, frozenset(f"test/{name}" for name in after), share, imports)
 
 
 def work(folders: list[Path]) -> None:
