@@ -7,8 +7,8 @@ descriptors. The template forks a nanny, which becomes the launcher's own child,
 nanny forks the job when the launcher says that it knows it. So a template may die at any moment: it takes nothing with
 it, and what was not begun is started afresh.
 
-A forked job is as a fresh one: the template has the environment of its jobs but for the devices that they see, has
-drawn no random number, and ends itself if an import has started a thread or touched a GPU. Linux only.
+A forked job is as a fresh one: the template has the environment of its jobs but for the devices that they see, and ends
+itself if an import has started a thread or touched a GPU. Linux only.
 """
 
 import atexit
@@ -176,7 +176,7 @@ def serve(launcher: socket.socket, missing: list[str]) -> NoReturn:
             resolve_name(missing.pop(0))
         for request in [request for request in waiting if not request.names.intersection(missing)]:
             waiting.remove(request)
-            fork(request, launcher)
+            fork(request, launcher, [file for other in waiting for file in other.files])
         waiting += received(launcher, wait=not missing)
 
 
@@ -200,8 +200,11 @@ def received(launcher: socket.socket, wait: bool) -> list[Request]:
     return [Request(number, command, devices, frozenset(names), files)]
 
 
-def fork(request: Request, launcher: socket.socket) -> None:
-    """Fork a nanny whose parent, a process in between, ends, so that it becomes the launcher's child; tell its id."""
+def fork(request: Request, launcher: socket.socket, others: Sequence[int]) -> None:
+    """Fork a nanny whose parent, a process in between, ends, so that it becomes the launcher's child; tell its id.
+
+    `others`: descriptors of other jobs, which this one must not hold.
+    """
     reader, writer = os.pipe()
     gc.freeze()
     between = os.fork()
@@ -210,7 +213,7 @@ def fork(request: Request, launcher: socket.socket) -> None:
         if pid:
             os.write(writer, b"%d" % pid)
             os._exit(has_touched_a_gpu())
-        for file in (launcher.fileno(), reader, writer):
+        for file in (launcher.fileno(), reader, writer, *others):
             os.close(file)
         watch_over(request)
     for file in (writer, *request.files):
@@ -270,8 +273,10 @@ def run(command: Sequence[str]) -> NoReturn:
     rename(command)
     gc.enable()
     atexit.register(gc.unfreeze)  # else libraries complain at the end of what they take for leaks
-    if random := sys.modules.get("numpy.random"):
-        random.seed()  # as each process draws it; Python's own has a new one, and torch's is always the same
+    if numpy := sys.modules.get("numpy.random"):
+        numpy.seed()  # each process draws its own, and only Python sees to that by itself
+    if torch := sys.modules.get("torch"):
+        torch.default_generator.seed()
     _, _, module, *arguments = command
     sys.argv = ["-m", *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
