@@ -1,18 +1,27 @@
 """A stage without torch, and jobs made of it, for tests of the launcher. What a run does is in its name."""
 
+import ctypes
+import gc
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from undo.launch.jobs import DeviceShare, Job
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 
 ONE = DeviceShare()
+NEEDS = ("undo.runs.run",)  # so that a job may be forked
+PR_GET_PDEATHSIG, PR_GET_CHILD_SUBREAPER = 2, 37  # linux/prctl.h
 
 
 class Recorder:
@@ -42,9 +51,45 @@ def directory(runs: Path, name: str) -> RunDirectory:
     return run
 
 
-def job(runs: Path, *names: str, after: tuple[str, ...] = (), share: DeviceShare = ONE) -> Job:
+def job(
+    runs: Path, *names: str, after: tuple[str, ...] = (), share: DeviceShare = ONE, imports: tuple[str, ...] = ()
+) -> Job:
+    """With `imports` it may be forked. PYTHONPATH must have the folder of `tests`."""
     folders = tuple(directory(runs, name) for name in names)
-    return Job((sys.executable, __file__), folders, frozenset(f"test/{name}" for name in after), share)
+    argv = (sys.executable, "-m", "tests.fake_stage")
+    return Job(argv, folders, frozenset(f"test/{name}" for name in after), share, imports)
+
+
+def portrait(with_torch: bool) -> dict[str, Any]:
+    """All of a process that a job can see of how it came about."""
+    prctl, said = ctypes.CDLL(None).prctl, ctypes.c_int()
+    flags = {}
+    for option in (PR_GET_PDEATHSIG, PR_GET_CHILD_SUBREAPER):
+        prctl(option, ctypes.byref(said), 0, 0, 0)
+        flags[option] = said.value
+    parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    facts = {
+        "command": [sys.argv, Path("/proc/self/cmdline").read_bytes().rstrip(b"\0").decode().split("\0")],
+        "main": [sys.modules["__main__"].__spec__.name, __name__, __file__],
+        "parent": [part.decode() for part in parent if not part.startswith(b"-")],
+        "leads its session": [os.getsid(0) == os.getppid(), os.getpgid(0) == os.getppid()],
+        "place": [os.getcwd(), sys.path, tempfile.gettempdir(), os.umask(0o22)],
+        "environment": dict(os.environ),
+        "python": [list(sys.flags), gc.isenabled(), gc.get_threshold(), sys.getrecursionlimit()],
+        "files": {n: os.readlink(f"/proc/self/fd/{n}") for n in range(64) if os.path.lexists(f"/proc/self/fd/{n}")},
+        "streams": [[s.encoding, s.errors, s.line_buffering, s.write_through, s.isatty()] for s in streams],
+        "signals": {int(number): str(signal.getsignal(number)).split(" at ")[0] for number in signal.Signals},
+        "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+        "kernel": flags,
+        "threads": [threading.active_count(), len(os.listdir("/proc/self/task")), sorted(os.sched_getaffinity(0))],
+        "drawn": [random.random()],
+    }
+    if with_torch:
+        torch, numpy = import_module("torch"), import_module("numpy")
+        facts["torch"] = [torch.get_num_threads(), torch.get_num_interop_threads(), str(torch.get_default_dtype())]
+        facts["drawn"] += [numpy.random.random(), torch.rand((), dtype=torch.float64).item()]
+    return facts
 
 
 def work(folders: list[Path]) -> None:
@@ -69,6 +114,9 @@ def work(folders: list[Path]) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if name.startswith("exit"):
                     sys.exit(7)
+                if name.startswith("portrait"):
+                    (folder / "portrait.json").write_text(json.dumps(portrait("torch" in name)))
+                (folder / "forked").write_text("yes" if "undo.launch.template" in sys.orig_argv else "no")
                 if name.startswith("stubborn"):
                     signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 if name.startswith(("sleep", "stubborn")):  # with a child here and one in its own session, as torchrun

@@ -1,6 +1,7 @@
 """What is known to be wrong is said by --dry-run, and refused by the command, before anything is written."""
 
 import json
+from pkgutil import resolve_name
 
 import pytest
 
@@ -111,6 +112,20 @@ def test_a_dry_run_knows_a_run_that_was_made_with_other_values(tmp_path, monkeyp
     facts = json.loads((tmp_path / "demo/prepare/data/run.json").read_text())
     (tmp_path / "demo/prepare/data/run.json").write_text(json.dumps(facts | {"identity": "made anew"}))
     assert says()["pretrain/reference-seed_0"] == "differs"
+
+
+def test_what_a_process_of_a_stage_needs_can_be_imported_and_is_said_of_those_that_may_be_forked(tmp_path):
+    """The launcher starts afresh what it can't fork, and says nothing: a wrong name would be seen in time alone."""
+    for stage in STAGES.values():
+        assert all(map(resolve_name, stage.imports))
+    found = sources(ROOT / "configs/demo", "pretrain")
+    for overrides, start, needs in (
+        ({}, "fork", ("undo.prepare_models.pretrain", *STAGES["pretrain"].imports)),
+        ({}, "fresh", ()),
+        ({"execution.devices": 2}, "fork", ()),
+    ):
+        planned = plan(STAGES["pretrain"], found, overrides, tmp_path)
+        assert [job.imports for job in jobs(planned, start)] == [needs] * 2
 
 
 def test_runs_of_one_process_do_not_wait_for_each_other(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.conftest import HANGS, ROOT
-from tests.fake_stage import Recorder, directory, job
+from tests.fake_stage import NEEDS, Recorder, directory, job
 from undo.config.mistakes import ConfigError
 from undo.launch import devices
 from undo.launch.devices import check_card, take_slot, visible_gpus
@@ -25,11 +25,20 @@ from undo.launch.local import run_jobs
 from undo.runs import ranks
 from undo.settings.stages import STAGES
 
+WAYS = {"fresh": (), "fork": NEEDS}  # how a job starts, and what its launcher is told that it needs
+
 
 @pytest.fixture(autouse=True)
-def _own_slots(tmp_path, monkeypatch):
+def _own_slots_and_our_modules(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]))))
+
+
+@pytest.fixture(params=WAYS)
+def needs(request) -> tuple[str, ...]:
+    """For a test of both ways of starting."""
+    return WAYS[request.param]
 
 
 def journal(runs: Path) -> list[dict]:
@@ -37,18 +46,19 @@ def journal(runs: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_a_failing_run_does_not_stop_the_others(tmp_path):
+def test_a_failing_run_does_not_stop_the_others(tmp_path, needs):
     display = Recorder()
-    failed = run_jobs([job(tmp_path, "a"), job(tmp_path, "raise"), job(tmp_path, "exit"), job(tmp_path, "b")], display)
+    failed = run_jobs([job(tmp_path, name, imports=needs) for name in ("a", "raise", "exit", "b")], display)
     assert display.final() == {"test/a": "done", "test/raise": "failed", "test/exit": "failed", "test/b": "done"}
     assert failed["test/raise"] == "RuntimeError: on purpose"
     assert "status 7" in failed["test/exit"]
 
 
-def test_a_process_that_dies_loses_only_the_run_in_hand(tmp_path):
+def test_a_process_that_dies_loses_only_the_run_in_hand(tmp_path, needs):
     display = Recorder()
-    failed = run_jobs([job(tmp_path, "a", "kill", "b", "raise", "c")], display)
-    assert {name for name, state in display.final().items() if state == "done"} == {"test/a", "test/b", "test/c"}
+    jobs = [job(tmp_path, *names, imports=needs) for names in (("a", "kill", "b", "raise", "c"), ("d",))]
+    failed = run_jobs(jobs, display)
+    assert {name for name, state in display.final().items() if state == "done"} == {f"test/{x}" for x in "abcd"}
     assert "SIGKILL" in failed["test/kill"]
     assert directory(tmp_path, "kill").failure == failed["test/kill"]
 
@@ -76,10 +86,10 @@ def test_a_rerun_forgets_the_last_failure(tmp_path):
 
 
 @pytest.mark.parametrize("per_gpu", [1, 2])
-def test_each_gpu_has_its_runs_and_no_more(tmp_path, monkeypatch, per_gpu):
+def test_each_gpu_has_its_runs_and_no_more(tmp_path, monkeypatch, per_gpu, needs):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-8a7b")
     share = DeviceShare(runs_per_gpu=per_gpu)
-    run_jobs([job(tmp_path, f"r{i}", share=share) for i in range(8)], Recorder())
+    run_jobs([job(tmp_path, f"r{i}", share=share, imports=needs) for i in range(8)], Recorder())
     entries = journal(tmp_path)
     assert {entry["device"] for entry in entries} == {"5", "GPU-8a7b"}
     assert len(entries) == 8
@@ -232,26 +242,31 @@ def test_devices_come_from_the_environment_as_strings(listed, devices):
 # --- the launcher's own end ----------------------------------------------------------------------------------------
 
 
-def start_launcher(runs: Path, *names: str, **options: int) -> subprocess.Popen[str]:
-    """A launcher in a process of its own, one job for each name."""
+def start_launcher(runs: Path, *names: str, needs: tuple[str, ...] = (), **options: int) -> subprocess.Popen[str]:
+    """A launcher in a process of its own, one job for each name. If they may be forked, a run `first` comes before
+    them, since for one job nothing is forked."""
+    names = ("first", *names) if needs else names
     program = f"""
 import sys
-sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from tests.fake_stage import Recorder, job
 from undo.launch.local import run_jobs
 try:
-    run_jobs([job(Path({str(runs)!r}), name) for name in {names!r}], Recorder())
+    run_jobs([job(Path({str(runs)!r}), name, imports={needs!r}) for name in {names!r}], Recorder())
 except KeyboardInterrupt:
     sys.exit(130)
 """
     return subprocess.Popen([sys.executable, "-c", program], text=True, start_new_session=True, **options)
 
 
-def started(runs: Path, name: str) -> list[int]:
-    """The processes of a job that sleeps, once all are there."""
+def started(runs: Path, name: str, needs: tuple[str, ...] = ()) -> list[int]:
+    """The processes of a job that sleeps, once all are there, and once `first` is done."""
+    if needs:
+        wait_for(lambda: directory(runs, "first").done)
     file = runs / "fake/test" / name / "pids"
-    return wait_for(lambda: file.exists() and json.loads(file.read_text() or "null"))
+    pids = wait_for(lambda: file.exists() and json.loads(file.read_text() or "null"))
+    assert (file.parent / "forked").read_text() == ("yes" if needs else "no")
+    return pids
 
 
 def alive(pids: list[int]) -> list[int]:
@@ -276,9 +291,9 @@ def wait_for(condition, seconds: float = HANGS):
 
 
 @pytest.mark.parametrize("end", ["kill -9", "SIGTERM", "SIGINT", "Ctrl-C"])
-def test_no_orphans_however_the_launcher_ends(tmp_path, end):
-    launcher = start_launcher(tmp_path, "sleep")
-    pids = started(tmp_path, "sleep")
+def test_no_orphans_however_the_launcher_ends(tmp_path, end, needs):
+    launcher = start_launcher(tmp_path, "sleep", needs=needs)
+    pids = started(tmp_path, "sleep", needs)
     assert len(alive(pids)) == 3
     if end == "Ctrl-C":
         os.killpg(launcher.pid, signal.SIGINT)
@@ -289,13 +304,13 @@ def test_no_orphans_however_the_launcher_ends(tmp_path, end):
     wait_for(lambda: not alive(pids))
 
 
-def test_a_second_ctrl_c_ends_at_once_what_saves_a_checkpoint(tmp_path, monkeypatch):
+def test_a_second_ctrl_c_ends_at_once_what_saves_a_checkpoint(tmp_path, monkeypatch, needs):
     """The first one gives a job time; when the launcher is gone, so is every process."""
     monkeypatch.setenv("UNDO_GRACE_SECONDS", "600")
-    launcher = start_launcher(tmp_path, "stubborn", stdout=subprocess.PIPE)
-    pids = started(tmp_path, "stubborn")
+    launcher = start_launcher(tmp_path, "stubborn", needs=needs, stdout=subprocess.PIPE)
+    pids = started(tmp_path, "stubborn", needs)
     launcher.send_signal(signal.SIGINT)
-    assert launcher.stdout.readline() == "stopping 1\n"
+    assert launcher.stdout.readline().startswith("stopping ")
     assert len(alive(pids)) == 3
     for _ in range(2):  # a third one changes nothing
         launcher.send_signal(signal.SIGINT)
@@ -303,10 +318,10 @@ def test_a_second_ctrl_c_ends_at_once_what_saves_a_checkpoint(tmp_path, monkeypa
     assert not alive(pids)
 
 
-def test_a_worker_dies_with_its_nanny(tmp_path):
+def test_a_worker_dies_with_its_nanny(tmp_path, needs):
     """It would hold the run, but not its share of the devices."""
-    launcher = start_launcher(tmp_path, "sleep", stdout=subprocess.PIPE)
-    worker, *children = started(tmp_path, "sleep")
+    launcher = start_launcher(tmp_path, "sleep", needs=needs, stdout=subprocess.PIPE)
+    worker, *children = started(tmp_path, "sleep", needs)
     os.kill(int(Path(f"/proc/{worker}/stat").read_text().rsplit(")", 1)[1].split()[1]), signal.SIGKILL)
     assert launcher.wait(timeout=HANGS) == 0
     assert not alive([worker])
@@ -315,15 +330,15 @@ def test_a_worker_dies_with_its_nanny(tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
-def test_the_share_of_a_dead_launcher_is_free_once_its_processes_are_gone(tmp_path):
-    launcher = start_launcher(tmp_path, "sleep")
-    started(tmp_path, "sleep")
+def test_the_share_of_a_dead_launcher_is_free_once_its_processes_are_gone(tmp_path, needs):
+    launcher = start_launcher(tmp_path, "sleep", needs=needs)
+    started(tmp_path, "sleep", needs)
     launcher.kill()
     launcher.wait()
     assert run_jobs([job(tmp_path, "next")], Recorder()) == {}
 
 
-def test_two_launchers_on_the_same_runs_do_each_once(tmp_path):
-    launchers = [start_launcher(tmp_path, "a", "b", "c") for _ in range(2)]
+def test_two_launchers_on_the_same_runs_do_each_once(tmp_path, needs):
+    launchers = [start_launcher(tmp_path, "a", "b", "c", needs=needs) for _ in range(2)]
     assert [process.wait(timeout=HANGS) for process in launchers] == [0, 0]
-    assert sorted(entry["run"] for entry in journal(tmp_path)) == ["a", "b", "c"]
+    assert sorted(entry["run"] for entry in journal(tmp_path)) == ["a", "b", "c", *(["first"] if needs else [])]

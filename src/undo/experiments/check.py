@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby
+from typing import Literal
 
 from undo.config.mistakes import ConfigError
 from undo.config.secrets import check_token
@@ -13,6 +14,8 @@ from undo.experiments.remedy import command_for
 from undo.launch.devices import check_card, check_devices
 from undo.launch.jobs import DeviceShare, Job
 from undo.train.stage import TrainingStage
+
+Start = Literal["fork", "fresh"]  # how a process comes about
 
 
 def check(planned: Sequence[PlannedRun], force: bool, kept: Collection[str] = (), costs: Costs | None = None) -> None:
@@ -95,7 +98,7 @@ def check_vocabulary(run: PlannedRun, costs: Costs) -> None:
         )
 
 
-def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
+def jobs(planned: Iterable[PlannedRun], start: Start = "fork") -> list[Job]:
     """The runs that are not done, grouped into jobs. Runs of a stage that start from the same models share a process.
 
     A run may need one that comes before it in its job: prepare runs that share a tokenizer do.
@@ -107,14 +110,15 @@ def jobs(planned: Iterable[PlannedRun]) -> list[Job]:
         members = list(group)
         execution = members[0].config.execution
         together = execution.runs_per_process if execution.devices == 1 else 1
-        for start in range(0, len(members), together):
-            part = members[start : start + together]
+        for first in range(0, len(members), together):
+            part, stage = members[first : first + together], members[0].stage
             result.append(
                 Job(
-                    argv=(sys.executable, *starter(execution.devices), "-m", worker.__name__, part[0].stage.module),
+                    argv=(sys.executable, *starter(execution.devices), "-m", worker.__name__, stage.module),
                     runs=tuple(p.directory for p in part),
                     waits_for=frozenset(parent for p in part for parent in p.config.parents()) - {p.name for p in part},
                     share=share(part[0]),
+                    imports=(stage.module, *stage.imports) if start == "fork" and execution.devices == 1 else (),
                 )
             )
     return result

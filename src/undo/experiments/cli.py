@@ -3,13 +3,13 @@
 import argparse
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from undo.config import mirror
 from undo.config.mistakes import ConfigError
 from undo.config.sweep import parse_overrides
 from undo.config.units import aligned, si
-from undo.experiments.check import check, check_made, jobs, refusals
+from undo.experiments.check import Start, check, check_made, jobs, refusals
 from undo.experiments.choose import pick, wanted
 from undo.experiments.costs import Cost, Costs
 from undo.experiments.plan import PlannedRun, beside_the_main, find_configs, plan
@@ -76,6 +76,12 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs live (default: runs/)"
     )
     arguments.add_argument(
+        "--start",
+        choices=get_args(Start),
+        default="fork",
+        help="fork (default, Linux): import once and fork each process; fresh: each imports for itself",
+    )
+    arguments.add_argument(
         "--mirror",
         type=Path,
         metavar="FILE",
@@ -106,7 +112,7 @@ def launch(
         print(said)
     with LiveTable(runs) as display:
         try:
-            failed = run_jobs(jobs(runs), display)
+            failed = run_jobs(jobs(runs, args.start), display)
         except KeyboardInterrupt:
             display.interrupted(args.force)
             return 130

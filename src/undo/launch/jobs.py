@@ -15,12 +15,17 @@ from undo.runs.directory import RunDirectory
 
 @dataclass(frozen=True)
 class Job:
-    """One process. It executes its runs one after the other; if it dies, only the run in hand is lost."""
+    """One process. It executes its runs one after the other; if it dies, only the run in hand is lost.
+
+    imports: what `python -m MODULE ...` will need, as pkgutil.resolve_name takes it. A process that has it may fork the
+    job. None: it gets a fresh process.
+    """
 
     argv: tuple[str, ...]
     runs: tuple[RunDirectory, ...]
     waits_for: frozenset[str]  # names of runs of the same setting
     share: "DeviceShare"
+    imports: tuple[str, ...] = ()
 
     @property
     def command(self) -> list[str]:

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,7 @@ from typing import Final, Self
 from undo.launch import nanny
 from undo.launch.devices import Slot, take_slot, taken, visible_gpus
 from undo.launch.jobs import DeviceShare, Display, Job, most_urgent_first
+from undo.launch.template import DEVICES, LOST, Forked, Template
 from undo.runs import ranks
 from undo.runs.directory import INTERRUPTED
 
@@ -32,35 +34,25 @@ class Worker:
 
     job: Job
     slot: Slot
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     seen: set[str] = field(default_factory=set)  # runs whose end has been reported
 
     @classmethod
-    def start(cls, job: Job, slot: Slot) -> "Worker":
-        threads = str(job.share.threads)
-        environment = {
-            **{key: value for key, value in os.environ.items() if key not in ranks.VARIABLES},
-            **MALLOC,
-            "CUDA_VISIBLE_DEVICES": "" if slot.device == "cpu" else slot.device,
-            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONIOENCODING": "utf-8:backslashreplace",  # its output is a log: no terminal says how it is read
-            "TOKENIZERS_PARALLELISM": "false" if slot.device == "cpu" else "true",
-            **({"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if slot.device == "cpu" else {}),
-        }
-        if environment.pop("PYTHONDONTWRITEBYTECODE", None):
-            # Else each process compiles torch and transformers anew, 7 s every time; nothing goes beside the sources.
-            environment["PYTHONPYCACHEPREFIX"] = str(Path(tempfile.gettempdir()) / f"undo-bytecode-{os.getuid()}")
-        command = [sys.executable, "-S", "-E", nanny.__file__, *job.command]
+    def start(cls, job: Job, slot: Slot, template: Template) -> "Worker":
+        told = environment(job.share, slot.device)
         for run in job.runs:
             run.forget_failure()
         with open(job.runs[0].log, "ab") as log:
+            if job.imports and template.serves(job.imports, told):
+                with suppress(OSError):
+                    forked = template.fork(job.command, job.imports, told[DEVICES], [log.fileno(), *slot.files])
+                    return cls(job, slot, forked)
             process = subprocess.Popen(
-                command,
+                [sys.executable, "-S", "-E", nanny.__file__, *job.command],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=told,
                 pass_fds=slot.files,
                 start_new_session=True,  # Ctrl-C reaches the launcher only, which stops its jobs one way
             )
@@ -80,6 +72,37 @@ class Worker:
         self.slot.release()
 
 
+def environment(share: DeviceShare, device: str) -> dict[str, str]:
+    """What a job is told. `device`: as a slot has it."""
+    threads = str(share.threads)
+    told = {
+        **{key: value for key, value in os.environ.items() if key not in ranks.VARIABLES},
+        **MALLOC,
+        DEVICES: "" if device == "cpu" else device,
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8:backslashreplace",  # its output is a log: no terminal says how it is read
+        "TOKENIZERS_PARALLELISM": "false" if device == "cpu" else "true",
+        **({"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if device == "cpu" else {}),
+    }
+    if told.pop("PYTHONDONTWRITEBYTECODE", None):
+        # Else each process compiles torch and transformers anew, 7 s every time; nothing goes beside the sources.
+        told["PYTHONPYCACHEPREFIX"] = str(Path(tempfile.gettempdir()) / f"undo-bytecode-{os.getuid()}")
+    return told
+
+
+def template_for(jobs: Sequence[Job], gpus: Sequence[str]) -> Template:
+    """One that can fork the jobs, as many as have the same environment, if they are at least two."""
+    alike: dict[frozenset[tuple[str, str]], list[Job]] = {}
+    for job in jobs if sys.platform == "linux" else ():
+        if job.imports:
+            told = environment(job.share, ",".join(gpus) if gpus and job.share.devices else "cpu")
+            alike.setdefault(frozenset(told.items()), []).append(job)
+    told, most = max(alike.items(), key=lambda entry: len(entry[1]), default=((), []))
+    names = dict.fromkeys(name for job in most for name in job.imports)
+    return Template(list(names) if len(most) > 1 else (), dict(told))
+
+
 # --- all jobs ------------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +113,7 @@ def run_jobs(jobs: Sequence[Job], display: Display) -> dict[str, str]:
     """
     gpus = visible_gpus()
     waiting, working, failed = most_urgent_first(jobs), list[Worker](), dict[str, str]()
-    with _Signals() as signals:
+    with _Signals() as signals, closing(template_for(waiting, gpus)) as template:
         try:
             while waiting or working:
                 waits_for = None
@@ -113,13 +136,16 @@ def run_jobs(jobs: Sequence[Job], display: Display) -> dict[str, str]:
                         full.add(job.share)
                         continue
                     waiting.remove(job)
-                    working.append(Worker.start(job, slot))
+                    working.append(Worker.start(job, slot, template))
                     display.changed(job.runs[0], "running", slot.device)
                 if full and not working:
                     waits_for = "; ".join(("a free " + ("GPU" if gpus else "core"), *taken(gpus)[:3]))
+                if not waiting and template.idle:
+                    template.close()
                 display.looked(None if working else waits_for)
-                time.sleep(POLL_SECONDS)
+                template.wait(POLL_SECONDS)
         finally:
+            template.close()
             _stop(working, signals, display)
     return failed
 
@@ -164,7 +190,9 @@ def _after_exit(worker: Worker, failed: dict[str, str], display: Display) -> lis
     if not rest:
         return []
     in_hand, *others = rest
-    status = worker.process.returncode
+    status = worker.process.wait()
+    if status == LOST:
+        return [worker.job]
     if status < 0:  # the nanny itself was killed, and the job dies with it
         status = 128 - status
     elif in_hand.is_held():  # another launcher was faster: wait for it

@@ -5,7 +5,8 @@
 The launcher holds the other end of standard input. When that closes (the launcher is done with the job, or is dead),
 or on SIGTERM, the job gets SIGTERM and some time to write a checkpoint, which a further SIGTERM cuts short; then all of
 its descendants are killed, also those that moved to a session of their own, as torchrun's ranks do. A nanny that is
-killed takes the job with it. Standard library only: this starts in 20 ms.
+killed takes the job with it. Standard library only: this starts in 20 ms. A nanny that was forked by a template
+(`template.py`) forks its job, and watches over it in the same way.
 """
 
 import ctypes
@@ -16,12 +17,53 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 GRACE = float(os.environ.get("UNDO_GRACE_SECONDS", "30"))  # for a checkpoint, before SIGKILL
 
 
+class Child:
+    """A child process that was forked, as subprocess.Popen has one that runs a program."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._wait(0)
+
+    def _wait(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def terminate(self) -> None:
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
+
+    def _send(self, signum: int) -> None:
+        if self.poll() is None:  # else its id may be another's by now
+            os.kill(self.pid, signum)
+
+
 def main(command: list[str]) -> int:
+    def start() -> "subprocess.Popen[bytes]":
+        me = os.getpid()
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=lambda: die_with_parent(me))
+
+    return watch(start)
+
+
+def watch(start: "Callable[[], subprocess.Popen[bytes] | Child]") -> int:
+    """Start the job and stay until it and all below it have ended -> its exit status, 128 + N for signal N."""
     adopt_orphans()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's business
     stopping = hurried = False
@@ -31,25 +73,26 @@ def main(command: list[str]) -> int:
         stopping, hurried = True, stopping
 
     signal.signal(signal.SIGTERM, stop)
-    me = os.getpid()
-    job = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=lambda: die_with_parent(me))
+    job = start()
     while job.poll() is None and not stopping:
-        readable, _, _ = select.select([sys.stdin], [], [], 0.1)
-        stopping = stopping or bool(readable and not os.read(sys.stdin.fileno(), 1))
+        readable, _, _ = select.select([0], [], [], 0.1)
+        stopping = stopping or bool(readable and not os.read(0, 1))
     if job.poll() is None:
         job.terminate()
         deadline = time.monotonic() + GRACE
         while job.poll() is None and not hurried and time.monotonic() < deadline:
             time.sleep(0.05)
-    kill_descendants()
+        job.kill()
     status = job.wait()
+    kill_descendants()
+    assert status is not None
     return status if status >= 0 else 128 - status
 
 
-def adopt_orphans() -> None:
+def adopt_orphans(adopt: bool = True) -> None:
     """Grandchildren whose parent dies become ours (Linux's child subreaper) and can be found and killed."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)
 
 
 def die_with_parent(parent: int | None = None) -> None:

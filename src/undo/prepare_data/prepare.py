@@ -218,4 +218,5 @@ STAGE = Stage(
     "demo length=64 --dry-run",
     row_tokens=lambda cfg: cfg.length,
     vocabulary=vocabulary,
+    imports=("undo.data.store", "transformers:AutoTokenizer"),
 )

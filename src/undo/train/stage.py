@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,14 @@ from undo.runs.run import Run
 
 SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Concern = Literal["init", "order", "noise", "objective"]
+TRAINING: Final = (  # what takes long to import of what training needs
+    "transformers:AutoTokenizer",
+    "transformers:AutoModelForCausalLM",
+    "undo.train.loop",
+    "undo.lm.place",
+    "undo.evaluate.accuracy",
+    "undo.losses",
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class Stage:
     row_tokens: Callable[[Any], int | None] = lambda config: None  # of its data; None: as its parents have them
     vocabulary: Callable[[Any, RunDirectory], int | None] = lambda config, run: None  # of its data, if it makes them
     computes: bool = True  # False: its runs take no share of the devices
+    imports: tuple[str, ...] = TRAINING  # what its processes need, if the launcher is to import it once for all
 
 
 @cache
