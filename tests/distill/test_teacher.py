@@ -27,6 +27,7 @@ from undo.train.parents import _memory_asked
 
 STEPS, LONG = 8, 40
 MICRO = 2  # micro-batches of a step
+EARLY = {"a": {"retain_threshold": 1.0}}  # at step 3
 OF_THE_PROCESS = ("seconds", "tokens_per_second", "finished", "peak_rss_bytes")
 THREE = {"a": {"alpha": 0.2}, "b": {"alpha": 0.5, "beta": 0.3}, "c": {"alpha": 0.8}}
 
@@ -186,8 +187,8 @@ def lines(run: RunDirectory) -> int:
 
 @pytest.fixture(scope="module")
 def long(school, tmp_path_factory) -> list[Run]:
-    """Three students, one by one, with time to be stopped."""
-    made = students(school, tmp_path_factory.mktemp("long") / "runs", steps=LONG)
+    """Three students, one by one, with time to be stopped; the first is done early."""
+    made = students(school, tmp_path_factory.mktemp("long") / "runs", EARLY, LONG)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(worker, "_write_to", lambda *_: None)
         patched.setattr(Run, "stop_on_signals", lambda: None)
@@ -197,12 +198,12 @@ def long(school, tmp_path_factory) -> list[Run]:
 
 def test_killed_students_resume_each_from_its_own_checkpoint(school, tmp_path, long, in_this_process, passes):
     """Of one the checkpoint is removed, so that they stand at different steps."""
-    beside = students(school, tmp_path / "runs", steps=LONG)
+    beside = students(school, tmp_path / "runs", EARLY, LONG)
     process = started(beside)
     wait_for(process, lambda: lines(beside[2]) > 20)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(HANGS)
-    assert not any(run.done for run in beside)
+    assert [run.done for run in beside] == [True, False, False]
     (beside[1].folder / "checkpoint/state.safetensors").unlink()
     assert work(beside) == 0
     assert len(passes) == LONG * MICRO  # one catches up, and from there all share
@@ -211,13 +212,13 @@ def test_killed_students_resume_each_from_its_own_checkpoint(school, tmp_path, l
 
 
 def test_sigterm_saves_a_checkpoint_of_every_student(school, tmp_path, long, in_this_process):
-    beside = students(school, tmp_path / "runs", steps=LONG)
+    beside = students(school, tmp_path / "runs", EARLY, LONG)
     process = started(beside)
     wait_for(process, lambda: lines(beside[2]) > 20)
     process.send_signal(signal.SIGTERM)
     assert process.wait(HANGS) == 75
-    for run in beside:
-        assert not run.done
+    assert [run.done for run in beside] == [True, False, False]
+    for run in beside[1:]:
         assert run.failure is None
         saved = run._read_checkpoint()
         assert saved is not None

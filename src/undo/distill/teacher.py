@@ -18,7 +18,6 @@ class Teacher:
 
     def __init__(self, model: "PreTrainedModel", company: Company) -> None:
         self.model = model
-        self.passes = 0  # through the model
         self._company, self._step = company, -1
         self._states: dict[tuple[int, bytes], Tensor] = {}  # of each micro-batch of the step
 
@@ -31,7 +30,6 @@ class Teacher:
         key = tokens.content if self._states or self._company.followers else None
         found = None if key is None else self._states.pop(key, None)
         if found is None:
-            self.passes += 1
             found = hidden_states(model, tokens)
         else:
             flops.body_ran(model, blocks(model), tokens, found)
