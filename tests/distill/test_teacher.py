@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 from undo.train.parents import _memory_asked
 
-STEPS, LONG = 8, 40
+STEPS, LONG = 8, 20
 MICRO = 2  # micro-batches of a step
 EARLY = {"a": {"retain_threshold": 1.0}}  # at step 3
 OF_THE_PROCESS = ("seconds", "tokens_per_second", "finished", "peak_rss_bytes")
@@ -166,23 +165,29 @@ def test_where_memory_is_short_fewer_go_side_by_side(
         same_bits(one, other)
 
 
-def started(runs: list[Run]) -> subprocess.Popen[bytes]:
-    folders = [str(run.folder) for run in runs]
-    command = [sys.executable, "-m", worker.__name__, "--together=3", STAGE.module, *folders]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+STOPPED_AT = 14
+STOPPED = """
+import os, signal, sys
+from undo.experiments import worker
+from undo.runs.run import Run
+
+record = Run.record
+
+def stopped(self, step, values):
+    record(self, step, values)
+    if self.name == "undo/c" and step == {step} and "loss" in values:
+        os.kill(os.getpid(), signal.{name})
+
+Run.record = stopped
+sys.exit(worker.main(sys.argv[1:]))
+"""
 
 
-def wait_for(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + HANGS
-    while not reached():
-        assert process.poll() is None, "it was over before it could be stopped"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def lines(run: RunDirectory) -> int:
-    path = run.folder / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def stopped(runs: list[Run], name: str) -> int:
+    """The exit status of a worker that gets this signal when the last student has taken some steps."""
+    command = [sys.executable, "-c", STOPPED.format(step=STOPPED_AT, name=name)]
+    command += [f"{worker.TOGETHER}3", STAGE.module, *(str(run.folder) for run in runs)]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=HANGS).returncode
 
 
 @pytest.fixture(scope="module")
@@ -199,10 +204,7 @@ def long(school, tmp_path_factory) -> list[Run]:
 def test_killed_students_resume_each_from_its_own_checkpoint(school, tmp_path, long, in_this_process, passes):
     """Of one the checkpoint is removed, so that they stand at different steps."""
     beside = students(school, tmp_path / "runs", EARLY, LONG)
-    process = started(beside)
-    wait_for(process, lambda: lines(beside[2]) > 20)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(HANGS)
+    assert stopped(beside, "SIGKILL") == -signal.SIGKILL
     assert [run.done for run in beside] == [True, False, False]
     (beside[1].folder / "checkpoint/state.safetensors").unlink()
     assert work(beside) == 0
@@ -213,16 +215,13 @@ def test_killed_students_resume_each_from_its_own_checkpoint(school, tmp_path, l
 
 def test_sigterm_saves_a_checkpoint_of_every_student(school, tmp_path, long, in_this_process):
     beside = students(school, tmp_path / "runs", EARLY, LONG)
-    process = started(beside)
-    wait_for(process, lambda: lines(beside[2]) > 20)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(HANGS) == 75
+    assert stopped(beside, "SIGTERM") == 75
     assert [run.done for run in beside] == [True, False, False]
     for run in beside[1:]:
         assert run.failure is None
         saved = run._read_checkpoint()
         assert saved is not None
-        assert saved[1]["step"] == metrics(run.folder)[-1]["step"]  # nothing that was trained is lost
+        assert saved[1]["step"] == metrics(run.folder)[-1]["step"] == STOPPED_AT  # nothing that was trained is lost
         assert run.log.read_text().count("interrupted; the next start goes on from here\n") == 1
     assert work(beside) == 0
     for one, other in zip(long, beside, strict=True):
