@@ -7,8 +7,9 @@ import pytest
 
 from tests.conftest import ROOT
 from undo.config.mistakes import ConfigError
+from undo.config.sweep import parse_overrides
 from undo.experiments import cli
-from undo.experiments.check import jobs
+from undo.experiments.check import jobs, refusals
 from undo.experiments.plan import plan, sources
 from undo.runs.run import Run
 from undo.settings import whole
@@ -139,3 +140,53 @@ def test_runs_of_one_process_do_not_wait_for_each_other(tmp_path):
     assert job.runs[0].name == "prepare/corpora"
     assert len(job.runs) == 5
     assert not job.waits_for
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (0, 3, 1, 4, 2, 5)])
+def test_students_of_one_teacher_go_side_by_side_wherever_the_sweep_has_them(tmp_path, order):
+    """The teacher follows the seed."""
+    found = sources(ROOT / "configs/demo", "undo")[:1]
+
+    def groups(**execution: int) -> list[list[list[str]]]:
+        changes = {"sweep.seed": [0, 1], **{f"execution.{key}": value for key, value in execution.items()}}
+        planned = plan(STAGES["undo"], found, changes, tmp_path)
+        made = jobs([planned[i] for i in order])
+        for job in made:
+            options = [f"--together={job.together}"] if job.together > 1 else []
+            assert [option for option in job.argv if "together" in option] == options
+        return [[[run.folder.name for run in group] for group in job.groups] for job in made]
+
+    def of(seed: int, *alphas: float) -> list[str]:
+        return [f"undo_{alpha}-seed_{seed}" for alpha in alphas]
+
+    assert groups() == [[of(i // 3, (0.8, 0.6, 0.4)[i % 3])] for i in order]
+    assert groups(students=4) == [[of(0, 0.8, 0.6, 0.4)], [of(1, 0.8, 0.6, 0.4)]]
+    assert groups(students=2) == [[of(seed, *alphas)] for seed in (0, 1) for alphas in ((0.8, 0.6), (0.4,))]
+    assert groups(students=2, runs_per_process=2) == [[of(seed, 0.8, 0.6), of(seed, 0.4)] for seed in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "data=prepare/other",
+        "mixture={retain: 0.5, forget: 0.5}",
+        "training.batch_rows=16",
+        "training.precision=bf16",
+        "seed=1",
+    ],
+)
+def test_students_that_read_something_else_go_apart(tmp_path, change):
+    found = sources(ROOT / "configs/demo", "undo")[:1]
+    changes = {"teacher": "unlearn/x", "execution.students": 4}
+    one = plan(STAGES["undo"], found, changes, tmp_path)[0]
+    other = plan(STAGES["undo"], found, {**changes, **parse_overrides([change])}, tmp_path)[1]
+    assert len(jobs([one, other])) == 2
+    same = plan(STAGES["undo"], found, {**changes, "training.steps": 7, "retain_threshold": None}, tmp_path)[1]
+    assert len(jobs([one, same])) == 1
+
+
+def test_students_without_a_teacher_are_refused(tmp_path):
+    planned = plan(STAGES["pretrain"], sources(ROOT / "configs/demo", "pretrain"), {"execution.students": 4}, tmp_path)
+    assert {str(error) for error in refusals(planned)} == {
+        f"execution.students=4: {run.name} has no teacher; leave the key out" for run in planned
+    }

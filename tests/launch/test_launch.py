@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,17 @@ def test_a_process_that_dies_loses_only_the_run_in_hand(tmp_path, needs):
     assert {name for name, state in display.final().items() if state == "done"} == {f"test/{x}" for x in "abcd"}
     assert "SIGKILL" in failed["test/kill"]
     assert directory(tmp_path, "kill").failure == failed["test/kill"]
+
+
+def test_of_runs_side_by_side_a_process_that_dies_loses_those_in_hand(tmp_path):
+    """All of a group run from its beginning; the next group gets a process of its own."""
+    display, names = Recorder(), ["a", "raise", "kill", "b", "c", "d"]
+    failed = run_jobs([replace(job(tmp_path, *names), together=4)], display)
+    running = [name for name, state, _ in display.events if state == "running"]
+    assert running == [f"test/{name}" for name in names]
+    assert {name for name, state in display.final().items() if state == "done"} == {"test/a", "test/c", "test/d"}
+    assert failed["test/raise"] == "RuntimeError: on purpose"
+    assert "SIGKILL" in failed["test/kill"] == failed["test/b"]
 
 
 def test_children_wait_for_their_parents_and_fall_with_them(tmp_path):

@@ -40,7 +40,7 @@ def execute(folder, name, config, stage) -> Run:
     run = Run(folder, "made", name)
     run.claim(config)
     run.open(config)
-    stage(config, run)
+    list(stage(config, run) or ())
     return run
 
 

@@ -316,7 +316,7 @@ def test_a_run_that_does_not_fit_fails_before_its_weights_are_loaded(data, monke
     monkeypatch.setattr(memory, "available", lambda *_: (5e8, "cpu"))
     monkeypatch.setattr(ReducedGemma2, "build", lambda *_: pytest.fail("it was built"))
     with pytest.raises(ConfigError, match=r"this run needs 0\.5 GB"):
-        pretrain(config, run)
+        list(pretrain(config, run))
 
 
 def test_this_machine_has_memory():

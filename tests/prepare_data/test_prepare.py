@@ -113,7 +113,7 @@ def test_a_method_of_pairs_refuses_other_data_before_it_loads_a_model(prepared):
     raw |= {"training": {"steps": 1, "batch_rows": 1, "learning_rate": 1e-3, "evaluate_every": 1}}
     raw |= {"evaluation": {"name": "cross_entropy", "rows": 1}, "method": {"name": "repnoise", "preset": "official"}}
     with pytest.raises(ConfigError, match=r"prepare/data are not pairs\n.*data\.forget\.paired_with"):
-        run_unlearn.unlearn(validate(run_unlearn.Unlearn, raw, "test"), prepared)
+        list(run_unlearn.unlearn(validate(run_unlearn.Unlearn, raw, "test"), prepared))
 
 
 def test_split_by_document_without_loss_or_overlap(prepared):

@@ -67,7 +67,7 @@ def test_a_run_takes_fp32_and_says_so_in_one_line_and_in_its_record(data, machin
         run = Run(data.runs, data.setting, f"pretrain/{config.name}")
         run.claim(config)
         run.open(config)
-        STAGE.execute(config, run)
+        list(STAGE.execute(config, run) or ())
         weights[asked] = (run.model / "model.safetensors").read_bytes()
         said[asked] = [line for line in capsys.readouterr().out.splitlines() if "precision" in line]
         assert run.config["training"]["precision"] == asked

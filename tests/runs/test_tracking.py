@@ -74,6 +74,7 @@ def test_a_resumed_curve_has_each_step_once(service, tmp_path):
     assert [row["loss"] for row in service.rows] == [1.0 / (step + 1) for step in range(10)]
     assert len({how["id"] for how in service.starts}) == 1
     assert {how["mode"] for how in service.starts} == {"offline"}
+    assert {how["reinit"] for how in service.starts} == {"create_new"}  # runs side by side are several
 
 
 def test_a_run_made_afresh_is_another_one(service, tmp_path):

@@ -340,7 +340,7 @@ def test_a_broken_model_is_no_outcome_of_an_attack(data, factor, said):
     run.claim(config)
     run.open(config)
     with pytest.raises(ConfigError, match=said):
-        relearn(config, run)
+        list(relearn(config, run))
     assert not run.done
 
 
@@ -357,7 +357,7 @@ def test_shrink_perturb_moves_the_model_that_an_attack_starts_from(data):
         config, run = validate(Relearn, raw, "here"), Run(data.runs, "tiny", f"relearn/{name}")
         run.claim(config)
         run.open(config)
-        relearn(config, run)
+        list(relearn(config, run))
         first = run.evaluations()[0]
         return config, {role: first[role] for role in ("retain", "forget")}
 

@@ -240,6 +240,7 @@ FULL = ("execution.devices=2", "execution.shard=full")
     ("overrides", "message"),
     [
         (("execution.devices=2", "execution.runs_per_gpu=2"), "runs_per_gpu must be 1"),
+        (("execution.devices=2", "execution.students=2"), "students must be 1"),
         (("execution.devices=2", "training.batch_rows=1"), "execution.devices=2 is more than the 1 rows of a batch"),
         ((*FULL, "training.batch_rows=5"), "training.batch_rows=5 must be a multiple of execution.devices=2"),
         ((*FULL, "execution.compile=true"), "execution.compile=true does not go with it"),

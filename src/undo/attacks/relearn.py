@@ -9,6 +9,7 @@ from typing import Final
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Mixture, RunName
 from undo.corrupt import Noise
+from undo.runs.company import Turns
 from undo.runs.directory import Diverged
 from undo.runs.run import Run
 from undo.train.fit import fit
@@ -35,7 +36,7 @@ class Relearn(TrainingStage):
         return {"train": self.mixture}
 
 
-def relearn(cfg: Relearn, run: Run) -> None:
+def relearn(cfg: Relearn, run: Run) -> Turns:
     from undo.losses import cross_entropy
 
     require_memory(cfg, run, cfg.model)
@@ -44,7 +45,9 @@ def relearn(cfg: Relearn, run: Run) -> None:
         cfg.noise.apply(model, fresh_like(run, cfg.model, cfg.seed_for("init")), generator(cfg.seed_for("noise")))
     starts_as = cfg.model if cfg.noise is None else None  # what was perturbed is another model
     try:
-        facts = fit(cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])}, starts_as=starts_as)
+        facts = yield from fit(
+            cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])}, starts_as=starts_as
+        )
     except Diverged as diverged:  # an attack that breaks the model has not elicited anything: a result
         if diverged.step == 0 and cfg.noise is None:
             raise ConfigError(BROKEN.format(cfg.model)) from None

@@ -83,6 +83,7 @@ class Execution(Frozen):
     shard: Literal["none", "full"] = "none"  # full: the blocks' weights, gradients and optimiser states divided, too
     runs_per_gpu: Count = 1
     runs_per_process: Count = 1  # runs of the same models that share a process, one after the other: saves start-up
+    students: Count = 1  # of one teacher, side by side in a process: its hidden states are computed once for all
     compile: bool | None = None  # the model's body by torch.compile; None: on CUDA, in runs of 1000 steps and more
     gradient_checkpointing: bool = False  # each block's forward pass twice, for the memory of its activations
     threads: Count = 1  # of one run on CPU; cores / threads runs go side by side
@@ -95,6 +96,8 @@ class Execution(Frozen):
                 f"runs_per_gpu must be 1, not {self.runs_per_gpu}, where devices is {self.devices}: a run on several "
                 f"devices has each to itself"
             )
+        if self.devices > 1 and self.students > 1:
+            raise ValueError(f"students must be 1, not {self.students}, where devices is {self.devices}")
         if self.shard != "none" and self.devices == 1:
             raise ValueError(f"shard: {self.shard} divides weights over devices: set devices above 1, or shard: none")
         return self

@@ -2,8 +2,9 @@
 
 from undo.corrupt import Noise
 from undo.distill.distill import DistillingStage, distill
+from undo.runs.company import Turns
 from undo.runs.run import Run
-from undo.train.parents import fresh_like, generator, load_parent, require_memory
+from undo.train.parents import fresh_like, generator, load_parent, wait_for_room
 from undo.train.stage import Stage
 
 
@@ -13,12 +14,12 @@ class Undo(DistillingStage):
     noise: Noise
 
 
-def undo(cfg: Undo, run: Run) -> None:
-    require_memory(cfg, run, cfg.teacher, [cfg.teacher])
+def undo(cfg: Undo, run: Run) -> Turns:
+    yield from wait_for_room(cfg, run, cfg.teacher, [cfg.teacher])
     student = load_parent(run, cfg.teacher)
     # the fresh model has no name: it is as large as the student, and gone after this
     cfg.noise.apply(student, fresh_like(run, cfg.teacher, cfg.seed_for("init")), generator(cfg.seed_for("noise")))
-    distill(cfg, run, student, cfg.teacher)
+    yield from distill(cfg, run, student, cfg.teacher)
 
 
 STAGE = Stage("undo", Undo, undo, __name__, "UNDO (Table 6, Appendix C, D.1, D.2.4)")

@@ -7,8 +7,9 @@ from pydantic import model_validator
 
 from undo.config.schema import RunName
 from undo.distill.distill import DistillingStage, distill
+from undo.runs.company import Turns
 from undo.runs.run import Run
-from undo.train.parents import fresh_like, load_parent, require_memory
+from undo.train.parents import fresh_like, load_parent, wait_for_room
 from undo.train.stage import Stage
 
 
@@ -27,13 +28,13 @@ class Distill(DistillingStage):
         return self
 
 
-def start(cfg: Distill, run: Run) -> None:
-    require_memory(cfg, run, cfg.reference or cfg.teacher, [cfg.teacher])
+def start(cfg: Distill, run: Run) -> Turns:
+    yield from wait_for_room(cfg, run, cfg.reference or cfg.teacher, [cfg.teacher])
     if cfg.reference is not None:
         student = load_parent(run, cfg.reference)
     else:
         student = fresh_like(run, cfg.teacher, cfg.seed_for("init"))
-    distill(cfg, run, student, cfg.reference or cfg.teacher)
+    yield from distill(cfg, run, student, cfg.reference or cfg.teacher)
 
 
 STAGE = Stage("distill", Distill, start, __name__, "Oracle matching (Table 3), Unlearn-and-Distill (Table 6)")

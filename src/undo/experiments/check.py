@@ -1,9 +1,9 @@
 """From planned runs to jobs. Whatever can be known to be wrong is reported before a process starts."""
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Literal
+from typing import Any, Literal
 
 from undo.config.mistakes import ConfigError
 from undo.config.secrets import check_token
@@ -60,6 +60,8 @@ def _check(run: PlannedRun, names: Collection[str]) -> None:
     check_devices(share(run))
     if execution.devices > 1 and not isinstance(run.config, TrainingStage):
         raise ConfigError(f"execution.devices={execution.devices}: {run.name} trains nothing; leave the key out")
+    if execution.students > 1 and common_teacher(run) is None:
+        raise ConfigError(f"execution.students={execution.students}: {run.name} has no teacher; leave the key out")
     check_token(run.config)
     if not run.directory.done:
         run.config.check()
@@ -104,24 +106,49 @@ def jobs(planned: Iterable[PlannedRun], start: Start = "fork") -> list[Job]:
     A run may need one that comes before it in its job: prepare runs that share a tokenizer do.
     A run on several devices does not share one, because an error of one rank leaves the others in the middle of a step.
     """
-    todo = [p for p in planned if not p.directory.done]
+    todo = _with_their_like([p for p in planned if not p.directory.done])
     result = []
-    for _, group in groupby(todo, key=lambda p: (p.stage.name, models(p), p.config.execution)):
+    for _, group in groupby(todo, key=_alike):
         members = list(group)
-        execution = members[0].config.execution
-        together = execution.runs_per_process if execution.devices == 1 else 1
-        for first in range(0, len(members), together):
-            part, stage = members[first : first + together], members[0].stage
+        execution, beside = members[0].config.execution, students(members[0])
+        apiece = beside * (execution.runs_per_process if execution.devices == 1 else 1)
+        options = () if beside == 1 else (f"{worker.TOGETHER}{beside}",)
+        for first in range(0, len(members), apiece):
+            part, stage = members[first : first + apiece], members[0].stage
             result.append(
                 Job(
-                    argv=(sys.executable, *starter(execution.devices), "-m", worker.__name__, stage.module),
+                    argv=(sys.executable, *starter(execution.devices), "-m", worker.__name__, *options, stage.module),
                     runs=tuple(p.directory for p in part),
                     waits_for=frozenset(parent for p in part for parent in p.config.parents()) - {p.name for p in part},
                     share=share(part[0]),
+                    together=beside,
                     imports=(stage.module, *stage.imports) if start == "fork" and execution.devices == 1 else (),
                 )
             )
     return result
+
+
+def students(run: PlannedRun) -> int:
+    """How many runs like this one go side by side in a process."""
+    return run.config.execution.students if common_teacher(run) is not None else 1
+
+
+def common_teacher(run: PlannedRun) -> Hashable:
+    """What runs must have in common to learn from one teacher side by side; None where they are not to."""
+    if run.config.execution.students == 1 or not isinstance(run.config, TrainingStage):
+        return None
+    return run.config.common_teacher
+
+
+def _alike(run: PlannedRun) -> Any:
+    return run.stage.name, models(run), run.config.execution, common_teacher(run)
+
+
+def _with_their_like(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Students of one teacher behind the first of them, wherever the sweep has them; all others stay in order."""
+    first = dict[Hashable, int]()
+    places = [i if common_teacher(p) is None else first.setdefault(_alike(p), i) for i, p in enumerate(runs)]
+    return [run for _, run in sorted(zip(places, runs, strict=True), key=lambda placed: placed[0])]
 
 
 def starter(devices: int) -> tuple[str, ...]:

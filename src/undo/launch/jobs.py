@@ -15,7 +15,8 @@ from undo.runs.directory import RunDirectory
 
 @dataclass(frozen=True)
 class Job:
-    """One process. It executes its runs one after the other; if it dies, only the run in hand is lost.
+    """One process. It executes its runs one after the other, `together` at a time; if it dies, only those in hand are
+    lost.
 
     imports: what `python -m MODULE ...` will need, as pkgutil.resolve_name takes it. A process that has it may fork the
     job. None: it gets a fresh process.
@@ -26,6 +27,12 @@ class Job:
     waits_for: frozenset[str]  # names of runs of the same setting
     share: "DeviceShare"
     imports: tuple[str, ...] = ()
+    together: int = 1
+
+    @property
+    def groups(self) -> list[tuple[RunDirectory, ...]]:
+        """The runs that go side by side, in the order in which their groups come."""
+        return [self.runs[i : i + self.together] for i in range(0, len(self.runs), self.together)]
 
     @property
     def command(self) -> list[str]:

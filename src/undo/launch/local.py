@@ -18,7 +18,7 @@ from undo.launch.devices import Slot, take_slot, taken, visible_gpus
 from undo.launch.jobs import DeviceShare, Display, Job, most_urgent_first
 from undo.launch.template import DEVICES, LOST, Forked, Template
 from undo.runs import ranks
-from undo.runs.directory import INTERRUPTED
+from undo.runs.directory import INTERRUPTED, RunDirectory
 
 POLL_SECONDS: Final = 0.1
 # Large tensors are reused, not returned to the kernel after each step: page faults are half of naive CPU time.
@@ -137,7 +137,8 @@ def run_jobs(jobs: Sequence[Job], display: Display) -> dict[str, str]:
                         continue
                     waiting.remove(job)
                     working.append(Worker.start(job, slot, template))
-                    display.changed(job.runs[0], "running", slot.device)
+                    for run in job.groups[0]:
+                        display.changed(run, "running", slot.device)
                 if full and not working:
                     waits_for = "; ".join(("a free " + ("GPU" if gpus else "core"), *taken(gpus)[:3]))
                 if not waiting and template.idle:
@@ -167,26 +168,34 @@ def _stop(working: Sequence[Worker], signals: "_Signals", display: Display) -> N
 
 
 def _report(worker: Worker, failed: dict[str, str], display: Display) -> None:
-    """Tell the display which runs of a job have ended since the last look, and which one is in hand."""
-    for position, run in enumerate(worker.job.runs):
-        if run.name in worker.seen:
-            continue
-        if run.done:
-            display.changed(run, "done")
-        elif (reason := run.failure) is not None:
-            failed[run.name] = reason
-            display.changed(run, "failed", reason)
-        else:
+    """Tell the display which runs of a job have ended since the last look, and which ones are in hand."""
+    groups = worker.job.groups
+    for position, group in enumerate(groups):
+        news = [run for run in group if run.name not in worker.seen and _ended(run, failed, display)]
+        worker.seen |= {run.name for run in news}
+        if any(run.name not in worker.seen for run in group):
             return
-        worker.seen.add(run.name)
-        if position + 1 < len(worker.job.runs):
-            display.changed(worker.job.runs[position + 1], "running", worker.slot.device)
+        if news and position + 1 < len(groups):
+            for run in groups[position + 1]:
+                display.changed(run, "running", worker.slot.device)
+
+
+def _ended(run: RunDirectory, failed: dict[str, str], display: Display) -> bool:
+    if run.done:
+        display.changed(run, "done")
+    elif (reason := run.failure) is not None:
+        failed[run.name] = reason
+        display.changed(run, "failed", reason)
+    else:
+        return False
+    return True
 
 
 def _after_exit(worker: Worker, failed: dict[str, str], display: Display) -> list[Job]:
-    """A job for the remaining runs, if the process died in the middle. The run it was executing has failed."""
+    """A job for the remaining runs, if the process died in the middle. Those that it was executing have failed."""
     _report(worker, failed, display)
-    rest = [run for run in worker.job.runs if run.name not in worker.seen]
+    rest = [[run for run in group if run.name not in worker.seen] for group in worker.job.groups]
+    rest = [group for group in rest if group]
     if not rest:
         return []
     in_hand, *others = rest
@@ -195,18 +204,19 @@ def _after_exit(worker: Worker, failed: dict[str, str], display: Display) -> lis
         return [worker.job]
     if status < 0:  # the nanny itself was killed, and the job dies with it
         status = 128 - status
-    elif in_hand.is_held():  # another launcher was faster: wait for it
-        return [replace(worker.job, runs=tuple(rest))]
+    elif any(run.is_held() for run in in_hand):  # another launcher was faster: wait for it
+        return [replace(worker.job, runs=tuple(run for group in rest for run in group))]
     reason = f"the process exited with status {status} before the run was done"
     if status == INTERRUPTED:
         reason = "the process was asked to stop, and has saved a checkpoint"
     if status > 128:
         name = signal.Signals(status - 128).name
         reason = f"the process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    in_hand.fail(reason)
-    failed[in_hand.name] = reason
-    display.changed(in_hand, "failed", reason)
-    return [replace(worker.job, runs=tuple(others))] if others else []
+    for run in in_hand:
+        run.fail(reason)
+        failed[run.name] = reason
+        display.changed(run, "failed", reason)
+    return [replace(worker.job, runs=tuple(run for group in others for run in group))] if others else []
 
 
 def _give_up(job: Job, failed: dict[str, str], display: Display) -> bool:

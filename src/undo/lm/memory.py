@@ -35,6 +35,7 @@ class Memory(NamedTuple):
     activations: float
     loss: float
     process: float
+    beside: float = 0.0  # the other students of the same process
 
     @property
     def total(self) -> float:
@@ -56,12 +57,13 @@ def needed(
     held: int = 0,
     streams: int = 1,
     device: str = "cuda",
+    beside: int = 0,
 ) -> Memory:
     """Memory of a run that trains `trained` weights (None: all) of a model on rows of `length` tokens.
 
     frozen: the models that run along without a gradient. held: bytes for each trained weight that its step holds beside
     the gradient (Method.held_per_weight). streams: entries of a batch, whose activations are held together. device:
-    cuda or cpu.
+    cuda or cpu. beside: other runs like this one that take turns with it and learn from the same frozen models.
     """
     trained = shape.parameters if trained is None else trained
     own = -(-cfg.batch_rows // execution.devices)  # rows of the device that has most
@@ -82,6 +84,8 @@ def needed(
     at_once = 2 * block  # of the block whose gradient is being formed: what it kept, and as much again in gradients
     read = 4 * FP32 * shape.hidden_size  # embedded, normed, at the labels, and its gradient
     others = max((2 * FP32 * (f.hidden_size + f.intermediate_size) for f in frozen), default=0)
+    student = FP32 * shape.parameters + STATE[cfg.optimizer] * trained * whole  # between its turns, without a gradient
+    remembered = FP32 * own * length * streams * sum(f.hidden_size for f in frozen)  # of one step, for all
     return Memory(
         weights=FP32 * shape.parameters + casts,
         frozen=FP32 * sum(f.parameters for f in frozen),
@@ -91,6 +95,7 @@ def needed(
         activations=tokens * (shape.layers * kept + at_once + read + others),
         loss=_loss(shape, frozen, min(tokens // streams, rows * length), mixed, device),
         process=PROCESS[device],
+        beside=beside * student + (remembered if beside else 0),
     )
 
 

@@ -104,6 +104,12 @@ class Tokens:
         return (self.labels.flatten() != IGNORE).nonzero()[:, 0]
 
     @property
+    def content(self) -> tuple[int, bytes]:
+        """What a model reads of this, byte for byte: batches that are equal in it have the same hidden states."""
+        here: Tokens = self.__dict__.get("_before_it_moved", self)  # a GPU would be waited for
+        return here.input_ids.shape[1], b"".join(t.cpu().numpy().tobytes() for t in (here.input_ids, here.positions))
+
+    @property
     def counted(self) -> "torch.Tensor":
         """Whether each position belongs to a document with a label, its last one included: bool [rows, length]."""
         document = self.document.flatten() - 1
@@ -133,6 +139,7 @@ class Tokens:
             marked=None if self.marked is None else self.marked.to(device, non_blocking=True),
         )
         moved.__dict__["_labelled"] = self._labelled.to(device, non_blocking=True)  # a GPU would be waited for
+        moved.__dict__["_before_it_moved"] = self.__dict__.get("_before_it_moved", self)
         return moved
 
 

@@ -30,16 +30,21 @@ def uniform_kl(model: PreTrainedModel, tokens: Tokens) -> Tensor:
 
 
 def forward_kl(
-    student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tokens, vocabulary: int | None = None
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokens: Tokens,
+    vocabulary: int | None = None,
+    read: Callable[[PreTrainedModel, Tokens], Tensor] = hidden_states,
 ) -> Tensor:
     """Mean of KL(teacher || student) over the labelled positions (Section 4, Unlearn-and-Distill). Scalar.
 
     vocabulary: compare the first so many logits, each side normalised over them, where two models of one tokenizer are
     padded to different widths; a student's padding beyond is not trained. None: their heads must be of one width.
+    read: how the teacher's hidden states are had, if they are remembered.
     """
     check_tokens(tokens)
     with torch.no_grad():
-        target = ForwardKL(tokens.at_labels(hidden_states(teacher, tokens)), head(teacher).first(vocabulary))
+        target = ForwardKL(tokens.at_labels(read(teacher, tokens)), head(teacher).first(vocabulary))
     hidden = tokens.at_labels(hidden_states(student, tokens))
     return tokens.per_label(linear_loss(hidden, head(student).first(vocabulary), target))
 

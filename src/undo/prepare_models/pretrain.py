@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from undo.config.schema import Mixture
 from undo.prepare_models.reduced_gemma2 import ReducedGemma2
+from undo.runs.company import Turns
 from undo.runs.run import Run
 from undo.train.fit import fit
 from undo.train.parents import keep, place, require_memory
@@ -20,12 +21,12 @@ class Pretrain(TrainingStage):
         return {"train": self.mixture}
 
 
-def pretrain(cfg: Pretrain, run: Run) -> None:
+def pretrain(cfg: Pretrain, run: Run) -> Turns:
     from undo.losses import cross_entropy
 
     require_memory(cfg, run, cfg.model)
     model = place(cfg.model.build(cfg.seed_for("init")), run)
-    facts = fit(cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])})
+    facts = yield from fit(cfg, run, model, lambda batch: {"ce": cross_entropy(model, batch["train"])})
     keep(model, cfg, run)
     run.finish(**facts)
 

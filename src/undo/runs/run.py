@@ -18,6 +18,7 @@ from undo.config.files import as_json, sync, write_atomically
 from undo.config.mistakes import ConfigError
 from undo.config.schema import StageConfig, as_raw
 from undo.runs import checksums
+from undo.runs.company import Company
 from undo.runs.directory import Interrupted, RunDirectory, identity_of
 from undo.runs.environment import environment
 from undo.runs.tracking import open_tracker
@@ -34,13 +35,14 @@ class Run(RunDirectory):
 
     leads: ClassVar[bool] = True  # whether this process writes to the run's directory
     _stop_requested = False  # by a signal, for every run of the process
-    _saving = False  # whether a loop is at work that looks at _stop_requested
+    _loops = 0  # that are at work, and look at _stop_requested
     _metrics: IO[bytes]
     _recorded: xxhash.xxh3_128  # of the lines of metrics.jsonl
-    _started: float
+    _started = 0.0
 
-    def open(self, config: StageConfig) -> None:
-        self.configured = config
+    def open(self, config: StageConfig, company: Company | None = None) -> None:
+        """Begin. company: the runs that go side by side with it."""
+        self.configured, self.company = config, company or Company()
         self._started = time.monotonic()
         self.forget_failure()
         self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115  # until finish()
@@ -48,6 +50,13 @@ class Run(RunDirectory):
         self._parents = {name: self.sibling(name).identity() for name in config.parents()}  # as they are when it begins
         self._seconds_before = 0.0
         self._tracker = open_tracker(self, config)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While this lasts, the process works for another run: `seconds` are those of its own turns."""
+        began = time.monotonic()
+        yield
+        self._started += time.monotonic() - began
 
     def fail(self, reason: str, diverged: int | None = None) -> None:
         """Keep the first reason: when one rank fails, the others fail because of it. Followers write this file too."""
@@ -137,11 +146,15 @@ class Run(RunDirectory):
 
         def request(signum: int, frame: FrameType | None) -> None:
             cls._stop_requested = True
-            if not cls._saving:
+            if not cls._loops:
                 raise Interrupted
 
         signal.signal(signal.SIGTERM, request)
         signal.signal(signal.SIGINT, request)
+
+    @classmethod
+    def stopping(cls) -> bool:
+        return cls._stop_requested
 
     @property
     def stop_requested(self) -> bool:
@@ -150,11 +163,11 @@ class Run(RunDirectory):
     @contextmanager
     def saves_before_it_stops(self) -> Iterator[None]:
         """Around a loop that looks at `stop_requested` at each step."""
-        Run._saving = True
+        Run._loops += 1
         try:
             yield
         finally:
-            Run._saving = False
+            Run._loops -= 1
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
@@ -183,8 +196,8 @@ class Follower(Run):
 
     leads = False
 
-    def open(self, config: StageConfig) -> None:
-        self.configured = config
+    def open(self, config: StageConfig, company: Company | None = None) -> None:
+        self.configured, self.company = config, company or Company()
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         pass

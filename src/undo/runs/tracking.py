@@ -82,6 +82,7 @@ class WandbTracker:
             group=self._run.name.split("/")[0],
             id=_id(self._run.folder / "wandb"),
             resume="allow",
+            reinit="create_new",  # beside those of other runs of the process
             mode="online" if online else "offline",
             dir=self._run.folder,
             config=as_raw(self._config),

@@ -2,7 +2,7 @@
 
 import fcntl
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,9 @@ def fit(
     step: "Step | None" = None,
     rng: "torch.Generator | None" = None,
     stop: "Stop | None" = None,
-) -> dict[str, Any]:
-    """Train `model` on the config's streams -> the facts for run.json: steps, tokens, FLOPs, evaluation, seeds.
+) -> Generator[int, None, dict[str, Any]]:
+    """Train `model` on the config's streams, step by step -> the facts for run.json: steps, tokens, FLOPs, evaluation,
+    seeds.
 
     `starts_as` names the run whose unchanged model this is. All runs that start from it share its evaluation.
     """
@@ -45,7 +46,7 @@ def fit(
     from undo.lm.disk import shape
     from undo.train import shard
     from undo.train.gradient import plain
-    from undo.train.loop import mixed_precision, train
+    from undo.train.loop import mixed_precision, stepwise
 
     data, stores = run.sibling(cfg.data), open_stores(cfg, run)
     largest = max(store.largest for store in stores.values())
@@ -70,7 +71,7 @@ def fit(
             return shared_evaluation(run.sibling(starts_as), cfg, lambda: evaluator(model, full))
         return evaluator(model, full)
 
-    outcome = train(
+    outcome = yield from stepwise(
         model,
         objective,
         streams,

@@ -7,9 +7,10 @@ stands at the top of the step, so that initial, periodic and final evaluation ar
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 Evaluate = Callable[[int, bool], Measured]  # of a step, and whether on the whole validation set
 Stop = Callable[[Mapping[str, float]], bool]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def mixed_precision(cfg: Training, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
 
 
-def train(
+def stepwise(
     model: nn.Module,
     objective: Objective,
     streams: Mapping[str, MixedStream],
@@ -77,9 +80,10 @@ def train(
     step: Step = plain,
     rng: torch.Generator | None = None,
     stop: Stop = lambda _: False,
-) -> Outcome:
+) -> Generator[int, None, Outcome]:
     """Train `model` in place, from the recorder's checkpoint if it has one. `stop` sees every evaluation but the first.
 
+    It halts before each step and yields the step's number, so that several runs can take turns.
     Only weights that require a gradient are trained. `rng` is whatever objective and step draw from; its state is part
     of the checkpoint. Raises Diverged at the first loss or gradient that is not finite, Interrupted once the run has
     been asked to stop and a checkpoint is written, ConfigError for a batch that cannot be split over the devices.
@@ -100,6 +104,7 @@ def train(
     batch: Batch | None = None  # of the coming step, where it is drawn already
     with recorder.saves_before_it_stops():
         while True:
+            yield done.step
             if cfg.evaluates(done.step) and done.evaluated != done.step:
                 began = time.monotonic()
                 reached = _evaluate(evaluate, cfg, done, autocast, stop)
@@ -151,6 +156,24 @@ def train(
 def _draw(streams: Mapping[str, MixedStream], step: int, devices: "PartialState") -> Batch:
     """This process's rows of a step's batch."""
     return {name: s.batch(step, devices.process_index, devices.num_processes) for name, s in streams.items()}
+
+
+def at_once(stepwise: Callable[P, Generator[object, None, T]]) -> Callable[P, T]:
+    """The same function, in one call to its end."""
+
+    @wraps(stepwise)
+    def whole(*args: P.args, **options: P.kwargs) -> T:
+        turns = stepwise(*args, **options)
+        while True:
+            try:
+                next(turns)
+            except StopIteration as end:
+                return end.value
+
+    return whole
+
+
+train = at_once(stepwise)
 
 
 def _optimizer(weights: Sequence[nn.Parameter], cfg: Training) -> torch.optim.Optimizer:

@@ -1,12 +1,13 @@
 """What a run takes from its parents (models, token stores, shapes), and the model that it leaves behind."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import ROLES, Role, RunName, Training
 from undo.lm.shape import Shape
 from undo.runs import precision
+from undo.runs.company import Turns
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 from undo.train.stage import SaveDtype, TrainingStage
@@ -24,6 +25,29 @@ def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen:
     The shape of a run's model is read from its folder's config.json.
     """
     from undo.lm import memory
+
+    memory.require(**_memory_asked(cfg, run, model, frozen))
+
+
+def wait_for_room(cfg: TrainingStage, run: Run, model: RunName, frozen: Sequence[RunName]) -> Turns:
+    """Halts until `model` can be trained beside the runs of this process that have begun. Raises ConfigError as
+    `require_memory` does, if it does not even fit alone."""
+    from undo.lm import memory
+
+    asked = _memory_asked(cfg, run, model, frozen)
+    memory.require(**asked)
+    available = asked.pop("available")
+    while beside := run.company.beside:
+        needed = memory.needed(**asked, beside=beside)
+        if needed.total <= available:
+            return
+        print(f"waits: {beside + 1} students side by side need {needed} and have {available / 1e9:.1f} GB", flush=True)
+        yield None
+
+
+def _memory_asked(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen: Sequence[RunName]) -> dict[str, Any]:
+    """The arguments of memory.require for this run."""
+    from undo.lm import memory
     from undo.lm.disk import shape, skeleton
 
     trained = None
@@ -32,18 +56,18 @@ def require_memory(cfg: TrainingStage, run: Run, model: Shape | RunName, frozen:
         trained = sum(weight.numel() for name, weight in empty.named_parameters() if cfg.trains(name))
         model = shape(empty)
     available, device = memory.available(cfg.execution.runs_per_gpu, cfg.execution.devices)
-    memory.require(
-        available,
-        model,
-        computed_in(cfg.training),
-        cfg.execution,
-        max(store.length for store in open_stores(cfg, run).values()),
-        frozen=[shape_of_parent(run, name) for name in frozen],
-        trained=trained,
-        held=cfg.held_per_weight,
-        streams=len(cfg.streams()),
-        device=device,
-    )
+    return {
+        "available": available,
+        "shape": model,
+        "cfg": computed_in(cfg.training),
+        "execution": cfg.execution,
+        "length": max(store.length for store in open_stores(cfg, run).values()),
+        "frozen": [shape_of_parent(run, name) for name in frozen],
+        "trained": trained,
+        "held": cfg.held_per_weight,
+        "streams": len(cfg.streams()),
+        "device": device,
+    }
 
 
 def computed_in(training: Training) -> Training:

@@ -2,7 +2,7 @@
 
 import importlib.util
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, Literal
@@ -13,6 +13,7 @@ from undo.config.mistakes import ConfigError
 from undo.config.schema import Mixture, RunName, Seed, StageConfig, Training
 from undo.evaluate import Evaluation
 from undo.lm.shape import Shape
+from undo.runs.company import Turns
 from undo.runs.directory import RunDirectory
 from undo.runs.run import Run
 
@@ -30,11 +31,11 @@ TRAINING: Final = (  # what takes long to import of what training needs
 
 @dataclass(frozen=True)
 class Stage:
-    """A kind of run: its name, its config class, and the function that executes one run."""
+    """A kind of run: its name, its config class, and the function that executes one run: step by step if it trains."""
 
     name: str
     schema: type[StageConfig]
-    execute: Callable[[Any, Run], None]
+    execute: Callable[[Any, Run], Turns | None]  # None: it is done
     module: str  # where a worker finds this stage, as STAGE
     caption: str  # of its hyper-parameters: what they are, and where the paper has them
     example: str = "demo training.steps=50 sweep.seed=[0,1,2] --only '*seed_0' --dry-run"  # arguments, for --help
@@ -94,6 +95,11 @@ class TrainingStage(StageConfig):
     def held_per_weight(self) -> int:
         """Bytes per trained weight that a step holds beside one gradient; see Method."""
         return 0
+
+    @property
+    def common_teacher(self) -> Hashable:
+        """Runs that are equal in this read one teacher's outputs on the same batches. None: it has no teacher."""
+        return None
 
     def flops_per_token(self, model: Shape, length: int) -> int:
         """FLOPs per token of a training step, for estimates: 3 forward passes, and those of any other model."""

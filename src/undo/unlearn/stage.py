@@ -7,6 +7,7 @@ from pydantic import Field
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Mixture, RunName
 from undo.lm.shape import Shape
+from undo.runs.company import Turns
 from undo.runs.run import Run
 from undo.train.fit import fit
 from undo.train.parents import generator, keep, load_parent, open_store, require_memory
@@ -43,7 +44,7 @@ class Unlearn(TrainingStage):
         return self.method.flops_per_token(model, length)
 
 
-def unlearn(cfg: Unlearn, run: Run) -> None:
+def unlearn(cfg: Unlearn, run: Run) -> Turns:
     from undo.lm.place import freeze
     from undo.unlearn import health
 
@@ -57,7 +58,7 @@ def unlearn(cfg: Unlearn, run: Run) -> None:
     reference = freeze(load_parent(run, cfg.reference)) if cfg.method.needs_reference else None
     rng = generator(cfg.seed_for("objective"))
     objective, step = health.begin(cfg.method, model, reference, rng, run.record)
-    facts = fit(cfg, run, model, objective, step=step, rng=rng, starts_as=cfg.reference)
+    facts = yield from fit(cfg, run, model, objective, step=step, rng=rng, starts_as=cfg.reference)
     start = reference or load_parent(run, cfg.reference)
     found = health.of(model, start, run.sibling(cfg.data)) | health.recorded_norms(run)
     print(health.as_line(found), flush=True)
