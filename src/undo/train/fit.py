@@ -2,13 +2,13 @@
 
 import fcntl
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from undo.config.files import as_json, digest, numbers, open_lock, write_atomically
 from undo.config.mistakes import ConfigError
-from undo.config.schema import RunName, as_raw
+from undo.config.schema import Role, RunName, as_raw
 from undo.evaluate.evaluator import Measured
 from undo.runs import precision, ranks
 from undo.runs.directory import RunDirectory
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from undo.data.rows import Rows
     from undo.train.gradient import Objective, Step
     from undo.train.loop import Stop
 
@@ -41,6 +42,7 @@ def fit(
     """
     import torch
 
+    from undo.data.rows import few
     from undo.data.stream import MixedStream
     from undo.lm.disk import shape
     from undo.train import shard
@@ -57,8 +59,11 @@ def fit(
     training, length = computed_in(cfg.training), max(store.length for store in stores.values())
     if said := precision.note(cfg.training.precision, training.precision):
         print(said, flush=True)
+    rows: Mapping[Role, Rows] = stores
+    if cfg.documents is not None:
+        rows = {role: few(store, cfg.documents, cfg.seed_for("order")) for role, store in stores.items()}
     streams = {
-        name: MixedStream(stores, mixture, training.batch_rows, cfg.seed_for("order") + index)
+        name: MixedStream(rows, mixture, training.batch_rows, cfg.seed_for("order") + index)
         for index, (name, mixture) in enumerate(cfg.streams().items())
     }
     if cfg.execution.shard == "full":  # now: noise, verification and the choice of weights want them whole
