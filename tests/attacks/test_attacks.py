@@ -266,7 +266,7 @@ def test_at_full_rank_lora_goes_where_full_finetuning_goes():
 
 
 def test_lora_of_targets_that_are_nowhere():
-    with pytest.raises(ConfigError, match="attack.targets=nowhere: is in the name of no linear layer"):
+    with pytest.raises(ConfigError, match=r"attack\.targets=nowhere: is in the name of no linear layer"):
         LoRA(targets="nowhere").apply(SHAPE.build(0), means())
 
 

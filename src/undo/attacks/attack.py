@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from undo.config.schema import Frozen, Role, RunName
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from undo.lm.tokens import Tokens
+
+FINETUNING: Final = "finetuning"  # the title of the attack that the paper makes
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from undo.attacks.attack import Attack
+from undo.attacks.attack import FINETUNING, Attack
 
 
 class Finetune(Attack):
@@ -15,4 +15,4 @@ class Finetune(Attack):
 
     @property
     def title(self) -> str:
-        return "finetuning"
+        return FINETUNING

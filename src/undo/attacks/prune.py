@@ -1,4 +1,4 @@
-"""Pruning: weights are set to 0, the smallest ones, or those that matter for what the model does on forget text alone."""
+"""Pruning: weights become 0, the smallest ones, or those that matter on forget text and not on retain text."""
 
 from typing import TYPE_CHECKING, Annotated, Literal
 

@@ -3,11 +3,12 @@
 One run is one adversary. `results/results.py` takes the worst case over the adversaries of a model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from undo.attacks.attack import FINETUNING
 from undo.config.mistakes import ConfigError
-from undo.config.schema import Mixture, RunName
+from undo.config.schema import Mixture, Role, RunName
 from undo.corrupt import Noise
 from undo.runs.directory import Diverged
 from undo.runs.run import Run
@@ -31,6 +32,11 @@ class Relearn(TrainingStage):
     save_model: bool = False
 
     @property
+    def title(self) -> str:
+        """The kind of attack that it is, in the words of the stage `attack`."""
+        return composed([] if self.noise is None else [f"perturbed {self.noise.alpha:g}"], FINETUNING, self.mixture)
+
+    @property
     def leaves_model(self) -> bool:
         return self.save_model
 
@@ -43,7 +49,14 @@ def relearn(cfg: Relearn, run: Run) -> None:
     model = load_parent(run, cfg.model)
     if cfg.noise is not None:
         cfg.noise.apply(model, fresh_like(run, cfg.model, cfg.seed_for("init")), generator(cfg.seed_for("noise")))
-    finetuned(cfg, run, model, cfg.model, unchanged=cfg.noise is None)
+    finetuned(cfg, run, model, cfg.model, unchanged=cfg.noise is None, attack=cfg.title)
+
+
+def composed(before: Iterable[str], attack: str, mixture: Mapping[Role, float], examples: int | None = None) -> str:
+    """The title of an attack with all that was done before it, and the text of its training where it is not forget."""
+    text = [role for role, share in mixture.items() if share > 0]
+    on = f" on {' and '.join(text)} text" if text != ["forget"] else ""
+    return " → ".join([*before, attack]) + on + ("" if examples is None else f", {examples} examples")
 
 
 def finetuned(

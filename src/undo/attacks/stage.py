@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from undo.attacks import AnyAttack, Change
 from undo.attacks.attack import Means
-from undo.attacks.relearn import finetuned
+from undo.attacks.relearn import composed, finetuned
 from undo.config.schema import Count, Mixture, Positive, Role, RunName, Training
 from undo.runs.run import Run
 from undo.train.parents import fresh_like, generator, load_parent, open_store, require_memory
@@ -51,6 +51,12 @@ class Attacked(TrainingStage):
             raise ValueError(f"{self.attack.name} trains nothing: leave `training` out, or put it into `before`")
         return self
 
+    @property
+    def title(self) -> str:
+        """The column of the matrix that it belongs to."""
+        mixture = self.mixture if self.attack.finetunes else {"forget": 1.0}
+        return composed((change.title for change in self.before), self.attack.title, mixture, self.examples)
+
     def parents(self) -> tuple[RunName, ...]:
         others = (name for attack in (*self.before, self.attack) for name in attack.parents())
         return tuple(dict.fromkeys((*super().parents(), *others)))
@@ -82,7 +88,7 @@ def attack(cfg: Attacked, run: Run) -> None:
     for change in (*cfg.before, cfg.attack):
         change.apply(model, means)
     unchanged = cfg.attack.starts_unchanged and not cfg.before
-    finetuned(cfg, run, model, cfg.model, unchanged=unchanged, read=means.read)
+    finetuned(cfg, run, model, cfg.model, unchanged=unchanged, read=means.read, attack=cfg.title)
 
 
 def text(cfg: Attacked, run: Run, role: Role) -> "Iterator[Tokens]":

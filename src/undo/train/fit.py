@@ -70,10 +70,17 @@ def fit(
         shard.divide(model)
     evaluator = cfg.evaluation.load(run.sibling(cfg.validated_on), model.device)
 
+    last = Measured({}, 0)
+
+    def measured(full: bool) -> Measured:
+        nonlocal last
+        last = evaluator(model, full)
+        return last
+
     def evaluate(step: int, full: bool) -> Measured:
         if step == 0 and starts_as is not None:
-            return shared_evaluation(run.sibling(starts_as), cfg, lambda: evaluator(model, full))
-        return evaluator(model, full)
+            return shared_evaluation(run.sibling(starts_as), cfg, lambda: measured(full))
+        return measured(full)
 
     outcome = train(
         model,
@@ -90,9 +97,10 @@ def fit(
     evaluation = outcome.evaluation
     if cfg.leaves_model and rounded(model, saved_dtype(cfg, run)):  # what is kept is what is measured
         with torch.no_grad(), mixed_precision(training, model.device):
-            evaluation, _ = ranks.of_the_leader(evaluator(model, True))
-    if run.leads:  # for those who start as this model
-        write_atomically(evaluation_file(run, cfg), as_json(evaluation))
+            evaluation = ranks.of_the_leader(measured(True)).values
+    if run.leads:
+        write_atomically(evaluation_file(run, cfg), as_json(evaluation))  # for those who start as this model
+        write_atomically(run.outcomes_file, as_json({role: items._asdict() for role, items in last.outcomes.items()}))
     size = shape(model)
     return {
         "steps": outcome.steps,
