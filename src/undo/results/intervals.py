@@ -1,6 +1,7 @@
 """How sure a performance is: bootstrap over the items of an evaluation. Efron and Tibshirani 1993, chapter 13."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ def difference(a: Items, b: Items) -> Interval | None:
     return _interval((scored - other).sum() / weights.sum(), (drawn @ (scored - other)) / (drawn @ weights))
 
 
+@lru_cache(maxsize=4)  # a setting's evaluations have one or two sizes, and a report hundreds of intervals
 def _drawn(size: int) -> np.ndarray:
     """How often each item is in each resample: [RESAMPLES, size]."""
     return np.random.default_rng(SEED).multinomial(size, np.full(size, 1 / size), size=RESAMPLES)

@@ -72,9 +72,9 @@ class Matrix:
 
     @cached_property
     def attacks(self) -> list[str]:
-        """Full finetuning first, then in the order of the runs."""
-        found = dict.fromkeys(cell.attack for cell in self.cells)
-        return sorted(found, key=lambda attack: attack != FINETUNING)
+        """Full finetuning first, then what trains, what trains after a change of weights, and changes of weights."""
+        trains = {cell.attack: any(a.facts.get("steps") for a in cell.adversaries) for cell in self.cells}
+        return sorted(trains, key=lambda attack: (attack != FINETUNING, not trains[attack], " → " in attack))
 
     @cached_property
     def models(self) -> list[str]:
@@ -177,11 +177,11 @@ class Matrix:
         """
         mine, theirs = self._items(model), self._items(other)
         seeds = sorted(mine.keys() & theirs.keys())
-        joined = [
-            {key: list(chain.from_iterable(items[seed][key] for seed in seeds)) for key in KEYS}
+        a, b = (
+            {key: list(chain.from_iterable(items[seed][key] for seed in seeds)) for key in ("scored", "weights")}
             for items in (mine, theirs)
-        ]
-        return difference(*joined) if seeds else None
+        )
+        return difference(a, b) if seeds else None
 
     def _items(self, model: str) -> dict[int, dict[str, list[float]]]:
         worst = self.worst(model)
@@ -211,9 +211,6 @@ class Matrix:
                     "retain": adversary.final("retain"),
                     **{key: adversary.facts.get(key) for key in ("steps", "tokens", "flops", "seconds")},
                 }
-
-
-KEYS: Final = ("scored", "weights")
 
 
 def _of(cell: Cell, kept: bool) -> Result | None:

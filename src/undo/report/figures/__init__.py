@@ -1,4 +1,4 @@
-"""One function for each figure of the paper, and one for the matrix of attacks: results -> a figure, or what it lacks."""
+"""One function for each figure of the paper, one for the matrix of attacks: results -> a figure, or what it lacks."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
