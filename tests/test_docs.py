@@ -1,5 +1,6 @@
 """The documentation holds: its example of a new method runs, and its links, commands, paths and Python blocks exist."""
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, SMALL, run_script
+from undo.experiments.plan import sources
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 WRITTEN = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,6 +87,43 @@ def test_a_new_method_is_one_file_and_one_name(undisturbed, tmp_path):
     assert '"loss/forget": -' in records
 
 
+def test_a_new_attack_is_one_file_and_one_name(undisturbed, tmp_path):
+    (example,) = [block for block in python_blocks(ROOT / "docs/attacks.md") if "class Scale(Attack)" in block]
+    package = tmp_path / "src/undo"
+    shutil.copytree(ROOT / "src/undo", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "attacks/scale.py").write_text(example)
+    union = package / "attacks/__init__.py"
+    text = union.read_text().replace("Quantise | Prune", "Quantise | Scale | Prune")
+    union.write_text(text.replace("import Quantise\n", "import Quantise\nfrom undo.attacks.scale import Scale\n"))
+    environment = {"PYTHONPATH": str(package.parent)}
+    properties = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", "-k", "scaled", str(ROOT / "tests/attacks/test_attacks.py")],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert properties.returncode == 0, properties.stdout
+    assert re.search(r"\b4 passed", properties.stdout), properties.stdout
+
+    runs, setting = tmp_path / "runs", tmp_path / "demo"
+    for name in ("prepare/data", "undo/undo_0.6-seed_0"):
+        shutil.copytree(undisturbed / "demo" / name, runs / "demo" / name)
+    setting.mkdir()
+    (setting / "attack.yaml").write_text(
+        "name: mine\ndata: prepare/data\nmodel: undo/undo_0.6-seed_0\nevaluation: {name: accuracy}\n"
+        "before: [{name: scale, factor: 0.5}]\nattack: {name: scale, factor: 2.0}\n"
+    )
+    done = run_script("run_attack.py", str(setting), "--runs", str(runs), **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    of = {
+        name: json.loads((runs / "demo" / name / "run.json").read_text())
+        for name in ("attack/mine", "undo/undo_0.6-seed_0")
+    }
+    assert of["attack/mine"]["attack"] == "scaled by 0.5 → scaled by 2"
+    assert of["attack/mine"]["evaluation"] == of["undo/undo_0.6-seed_0"]["evaluation"]
+
+
 @pytest.mark.parametrize("page", WRITTEN, ids=named)
 def test_python_blocks_compile(page):
     for block in python_blocks(page):
@@ -111,7 +150,7 @@ def test_commands_name_a_script_and_a_setting(page):
         assert (ROOT / f"run_{name}.py").is_file(), f"{named(page)} calls run_{name}.py, which is not there"
         assert folder.is_dir(), f"{named(page)} calls {name} {setting}, and there is no {folder}"
         if name not in WHOLE:
-            assert (folder / f"{name}.yaml").is_file(), f"{setting} has no stage {name}"
+            assert sources(folder, name), f"{setting} has no stage {name}"
     for module in re.findall(r"python -m (undo[.\w]*)", page.read_text()):
         assert find_spec(module) is not None, f"{named(page)} calls {module}, which is not there"
 

@@ -288,7 +288,7 @@ def test_any_number_of_choices_and_answers_of_several_tokens(tokens, files, gemm
         assert [score.loglikelihood for score in scores] == pytest.approx(expected, abs=1e-5)
         assert chosen == int(np.argmax(expected))
         right += chosen == row["answer"]
-    assert answered.right == right
+    assert sum(answered.hits) == right
     assert answered.accuracy == pytest.approx(right / len(rows), rel=1e-12)
 
 

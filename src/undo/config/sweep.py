@@ -164,7 +164,7 @@ def _set(run: Raw, values: Mapping[str, Any]) -> Raw:
 
 def _filled(run: Raw, source: str) -> Raw:
     """The run with its templates filled in, and without the values that only they use."""
-    run = {**run, "variant": _fill_in(run["variant"], run, source)}
+    run = {**run, **{key: _fill_in(run[key], run, source) for key in ("variant", "adversary") if key in run}}
     run = _fill_in(run, run, source)
     return {key: value for key, value in run.items() if key not in ("let", "points")}
 

@@ -5,7 +5,9 @@ from typing import Protocol
 
 import numpy as np
 
+from undo.config.mistakes import ConfigError
 from undo.data.store import best_fit
+from undo.lm.tokens import MARK
 
 
 class Rows(Protocol):
@@ -44,3 +46,16 @@ class PackedDocuments:
 
     def lengths(self, rows: Sequence[int], /) -> np.ndarray:
         return np.array([len(self._pieces[index]) for row in rows for index in self._rows[row]], dtype=np.int64)
+
+
+def few(rows: Rows, documents: int, seed: int) -> PackedDocuments:
+    """So many documents of a store, or pieces of long ones, from rows in a random order: all that an attacker has.
+
+    Raises ConfigError where the store holds fewer.
+    """
+    found = list[np.ndarray]()
+    for row in np.random.default_rng(seed).permutation(len(rows)):
+        found += (piece & (MARK - 1) for piece in rows[row])
+        if len(found) >= documents:
+            return PackedDocuments(found[:documents], rows.length, rows.vocab_size)
+    raise ConfigError(f"examples={documents}, but there are {len(found)} documents: take fewer")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from undo.config.mistakes import ConfigError
 from undo.data.problems import Problem, read_problems
-from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured
+from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured, Outcomes
 from undo.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Accuracy(EvaluationConfig):
             for indices in self.split(len(problems))
         )
 
+        roles = {role: np.array([p.seen and p.role == role for p in problems]) for role in ("retain", "forget")}
+
         @torch.no_grad()
         def measure(model: "PreTrainedModel", full: bool) -> Measured:
             right = np.ones(len(problems), dtype=bool)
@@ -59,7 +61,9 @@ class Accuracy(EvaluationConfig):
             values = summarise(list(compress(problems, seen)), right[seen])
             if not seen.all():
                 values[SHARE] = seen.mean().item()
-            return Measured(values, sum(tokens.input_ids.numel() for tokens, _ in batches))
+            kept = {role: right[seen & of_role].astype(float).tolist() for role, of_role in roles.items()}
+            outcomes = {role: Outcomes(hits, [1.0] * len(hits)) for role, hits in kept.items()}
+            return Measured(values, sum(tokens.input_ids.numel() for tokens, _ in batches), outcomes)
 
         return measure
 

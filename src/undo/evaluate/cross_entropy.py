@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Count
-from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured
+from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured, Outcomes
 from undo.evaluate.multiple_choice import MultipleChoice
 from undo.runs.directory import RunDirectory
 
@@ -51,7 +51,8 @@ class TokenCrossEntropy(EvaluationConfig):
         @torch.no_grad()
         def measure(model: "PreTrainedModel", full: bool) -> Measured:
             batches = {role: subset + rest if full else subset for role, (subset, rest) in parts.items()}
-            sums = [torch.stack([cross_entropy(model, t) * t.total for t in some]).sum() for some in batches.values()]
+            each = [torch.stack([cross_entropy(model, t) * t.total for t in some]) for some in batches.values()]
+            sums = [nats.sum() for nats in each]
             totals = [sum(t.total for t in some) for some in batches.values()]
             by_role = zip(batches, torch.stack(sums).tolist(), totals, strict=True)
             values = {role: value / total if total else math.nan for role, value, total in by_role}
@@ -62,6 +63,10 @@ class TokenCrossEntropy(EvaluationConfig):
                 asked = choices(model, True)
                 values |= {f"accuracy/{name}": value for name, value in asked.values.items()}
                 tokens += asked.tokens
-            return Measured(values, tokens)
+            outcomes = {
+                role: Outcomes(nats.tolist(), [float(t.total) for t in some])
+                for (role, some), nats in zip(batches.items(), each, strict=True)
+            }
+            return Measured(values, tokens, outcomes)
 
         return measure

@@ -1,6 +1,7 @@
 """What all evaluations share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from undo.config.schema import Count, Frozen
@@ -14,11 +15,23 @@ if TYPE_CHECKING:
 SHARE: Final = "validation_share"  # how much of the set was used; stands beside the numbers of a subset
 
 
+class Outcomes(NamedTuple):
+    """Of one role, item by item: what was scored, and out of how much. Their sums' quotient is the performance.
+
+    An item is what chance decides over as a whole: a problem or question (1 or 0 of 1), a batch of packed documents
+    (nats of so many tokens).
+    """
+
+    scored: list[float]
+    weights: list[float]
+
+
 class Measured(NamedTuple):
-    """Named numbers, always with `retain` and `forget`, and the number of tokens it took."""
+    """Named numbers, always with `retain` and `forget`, the number of tokens it took, and the items behind them."""
 
     values: dict[str, float]
     tokens: int
+    outcomes: Mapping[str, Outcomes] = MappingProxyType({})  # by role; none where nobody kept them
 
 
 # Given the model, and whether to use the whole validation set or the config's fixed subset of it. Takes no gradient.

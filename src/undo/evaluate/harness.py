@@ -157,7 +157,7 @@ class Answered(NamedTuple):
     """The accuracy as the harness computes it, and for each question the chosen index and the number of choices."""
 
     accuracy: float
-    right: int
+    hits: list[float]  # 1 for a right answer, 0 for a wrong one
     chosen: list[int]
     choices: list[int]
     scores: list[list[Score]]  # of each question's choices
@@ -246,10 +246,11 @@ class Benchmark:
     def _add_up(self, indices: Sequence[int], scores: list[list[Score]], tokens: int) -> Answered:
         """By the tasks' own process_results, and their group's aggregate."""
         hits: dict[str, list[float]] = {}
-        chosen, choices = [], []
+        chosen, choices, right = [], [], list[float]()
         for index, answers in zip(indices, scores, strict=True):
             task, doc, _ = self.asked[index]
-            hits.setdefault(task.task_name, []).append(task.process_results(doc, answers)["acc"])
+            right.append(float(task.process_results(doc, answers)["acc"]))
+            hits.setdefault(task.task_name, []).append(right[-1])
             number = len(task.doc_to_choice(doc))
             chosen.append(int(np.argmax([answer.loglikelihood for answer in answers[:number]])))
             choices.append(number)
@@ -270,7 +271,6 @@ class Benchmark:
                 accuracy = aggregate_subtask_metrics(
                     [m["acc,none"] for m in metrics.values()], [m["sample_len"] for m in metrics.values()]
                 )
-        right = round(sum(map(sum, hits.values())))
         return Answered(accuracy, right, chosen, choices, scores, tokens)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from undo.config.mistakes import ConfigError
 from undo.config.schema import Count
-from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured
+from undo.evaluate.evaluator import SHARE, EvaluationConfig, Evaluator, Measured, Outcomes
 from undo.evaluate.questions import LETTERS, Questions
 from undo.runs.directory import RunDirectory
 
@@ -57,7 +57,7 @@ class MultipleChoice(EvaluationConfig):
         whole = sum(len(asked) for asked, _, _ in parts.values())
 
         def measure(model: "PreTrainedModel", full: bool) -> Measured:
-            values: dict[str, float] = {}
+            values, outcomes = dict[str, float](), dict[str, Outcomes]()
             tokens = seen = 0
             for asked, _, _ in parts.values():
                 asked.fits(model)  # before any of them costs time
@@ -66,12 +66,13 @@ class MultipleChoice(EvaluationConfig):
                 values[role] = answered.accuracy
                 values |= {
                     f"{role}/{name}": value
-                    for name, value in describe(answered.chosen, answered.choices, answered.right).items()
+                    for name, value in describe(answered.chosen, answered.choices, round(sum(answered.hits))).items()
                 }
+                outcomes[role] = Outcomes(answered.hits, [1.0] * len(answered.hits))
                 tokens, seen = tokens + answered.tokens, seen + len(answered.chosen)
             if seen < whole:
                 values[SHARE] = seen / whole
-            return Measured(values, tokens)
+            return Measured(values, tokens, outcomes)
 
         return measure
 

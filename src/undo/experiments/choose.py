@@ -9,8 +9,8 @@ from undo.experiments.plan import PlannedRun
 
 
 def wanted(found: Sequence[Path], stage: str, extra: Sequence[str]) -> list[Path]:
-    """The main YAML of a stage, and <stage>_<name>.yaml for each name in `extra`."""
-    names = {*(path.stem for path in found[:1]), *(f"{stage}_{name}" for name in extra)}
+    """The main YAML of a stage, where there is one, and <stage>_<name>.yaml for each name in `extra`."""
+    names = {stage, *(f"{stage}_{name}" for name in extra)}
     return [path for path in found if path.stem in names]
 
 

@@ -12,7 +12,7 @@ from undo.config.units import aligned, si
 from undo.experiments.check import Start, check, check_made, jobs, refusals
 from undo.experiments.choose import pick, wanted
 from undo.experiments.costs import Cost, Costs
-from undo.experiments.plan import PlannedRun, beside_the_main, find_configs, plan
+from undo.experiments.plan import SUFFIXES, PlannedRun, beside_the_main, find_configs, plan
 from undo.launch.devices import visible_gpus
 from undo.launch.local import run_jobs
 from undo.runs import precision
@@ -39,8 +39,13 @@ def main(stage: Stage, stages: Mapping[str, Stage]) -> int:
         overrides = parse_overrides(args.overrides)
 
         def plans(names: Sequence[str]) -> list[PlannedRun]:
-            return plan(stage, wanted(found, stage.name, names), overrides, args.runs)
+            given = found if Path(args.config).suffix in SUFFIXES else wanted(found, stage.name, names)
+            return plan(stage, given, overrides, args.runs)
 
+        if not plans(args.extra) and args.only is None:
+            raise ConfigError(
+                f"{found[0].parent} has no {stage.name}.yaml; choose with --with: {', '.join(beside_the_main(found))}"
+            )
         return pick(plans, args.extra, beside_the_main(found), args.only), found[0].parent
 
     return launch(arguments.parse_intermixed_args(), planned, stages)

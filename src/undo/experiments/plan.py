@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from undo.config.checkout import CONFIGS
 from undo.config.mistakes import ConfigError
@@ -12,6 +12,8 @@ from undo.config.sweep import expand, read_yaml, variant_of
 from undo.experiments.points import with_points
 from undo.runs.directory import RunDirectory
 from undo.train.stage import Stage
+
+SUFFIXES: Final = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ def find_configs(argument: str, stage: str) -> list[Path]:
     """The YAML files of a stage: `demo` -> configs/demo/<stage>.yaml, here or in the checkout, then <stage>_*.yaml
     beside it. A path to a YAML file stays as it is."""
     path = Path(argument)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in SUFFIXES:
         return [path]
     folders = [path] if path.is_dir() else [folder / argument for folder in CONFIGS]
     for folder in folders:
-        if (folder / f"{stage}.yaml").exists():
-            return sources(folder, stage)
-    settings = sorted({p.name for folder in CONFIGS for p in folder.glob("*") if (p / f"{stage}.yaml").exists()})
+        if found := sources(folder, stage):
+            return found
+    settings = sorted({p.name for folder in CONFIGS for p in folder.glob("*") if sources(p, stage)})
     raise ConfigError(
         f"there is no {folders[0] / f'{stage}.yaml'}; give the path of a .yaml file, or a setting\n"
         f"settings with the stage {stage}: {', '.join(settings) or 'none'}"

@@ -52,7 +52,7 @@ def remedy(setting: str, stage: str, wanted: Callable[[Arm | None], bool], like:
     every = written(folder) if folder is not None else {}
 
     def arm(name: str) -> Arm | None:
-        return arm_of(every[name].get("model", "") if name.startswith("relearn/") else name, every.get)
+        return arm_of(every[name].get("model", "") if name.startswith(("relearn/", "attack/")) else name, every.get)
 
     names = [name for name in every if name.startswith(f"{stage}/") and wanted(arm(name))]
     if not names:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from undo.config.units import si
+from undo.report.attacks import attacks
 from undo.report.claims import HEADER, Checked, as_rows
 from undo.report.subject import subject
 from undo.report.tables import after_noise, beaten, choices, compute, points, unlearning_sweep
@@ -36,6 +37,8 @@ def report(results: Results, checked: Sequence[Checked], figures: Iterable[Path]
     parts += ["## The paper's claims on these runs\n", markdown(HEADER, as_rows(checked))]
     if found := beaten(results):
         parts += ["## Who beats UNDO (Figures 7 and 11)\n", found]
+    if matrix := attacks(results):
+        parts += ["## Attacks of every kind\n", matrix]
     parts.append("## Figures\n")
     parts += [f"![{path.stem}]({path.parent.name}/{path.name})\n" for path in figures]
     parts += [f"- {escaped(line)}\n" for line in missing]

@@ -21,14 +21,15 @@ def curves(results: Results) -> Iterator[dict[str, Any]]:
     labels = {attacked.model.name: attacked.label for attacked in results.attacked}
     for run in results.runs:
         stage = run.name.partition("/")[0]
-        model = results.named(run.config["model"]) if stage == "relearn" else run
+        attacks = stage in ("relearn", "attack")
+        model = results.named(run.config["model"]) if attacks else run
         about = {
             "stage": stage,
             "run": run.name,
             **_of_an_arm(None if model is None else model.arm),
             "variant": labels.get(model.name, run.label) if model is not None else run.label,
             "seed": run.seed,
-            "adversary": run.config.get("adversary") or None if stage == "relearn" else None,
+            "adversary": run.config.get("adversary") or None if attacks else None,
             "learning_rate": run.config.get("training", {}).get("learning_rate"),
         }
         for step, measured in run.evaluations.items():

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 1 << 22  # bytes in hand
-KINDS = ("metrics.jsonl", "model/*.safetensors", "model/*.json")
+KINDS = ("metrics.jsonl", "outcomes.json", "model/*.safetensors", "model/*.json")
 
 
 def of_bytes(content: bytes) -> str:

@@ -139,6 +139,24 @@ class RunDirectory:
         return self.facts.get("checksums", {}) if self.done else {}
 
     @property
+    def outcomes_file(self) -> Path:
+        return self.folder / "outcomes.json"
+
+    @property
+    def outcomes(self) -> dict[str, dict[str, list[float]]]:
+        """Of the last evaluation by role, item by item: `scored` and `weights`; none where they were not kept."""
+        path = self.outcomes_file
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
+        if self._checksums.get(path.name) not in (None, checksums.of_bytes(content)):
+            raise ConfigError(f"{path}: is not what the run recorded; {AFRESH}")
+        return json.loads(content)
+
+    @property
     def log(self) -> Path:
         return self.folder / "log.txt"
 

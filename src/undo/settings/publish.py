@@ -22,6 +22,8 @@ from undo.report.figures.missing import Missing
 from undo.report.paper import EXPERIMENTS
 from undo.report.report import report, without_robustness
 from undo.results.curves import COLUMNS, curves
+from undo.results.matrix import COLUMNS as MATRIX_COLUMNS
+from undo.results.matrix import matrix
 from undo.results.results import Results
 from undo.results.shown import SPARE, Look, Shown
 from undo.results.text import as_text, write_csv
@@ -83,6 +85,8 @@ def publish(folder: Path, runs: Path, names: list[str] | None = None, out: Path 
         missing = not_drawn(setting, lacking) + [f"left out: {line}" for line in results.unread]
         write_csv(rows, results.columns, out / "summary.csv")
         write_csv(curves(results), COLUMNS, out / "curves.csv")
+        if (attacked := matrix(results)) is not None:
+            write_csv(attacked.rows(), MATRIX_COLUMNS, out / "attacks.csv")
         if names is None:
             write_atomically(out / "report.md", report(results, checked, figures, missing))
     console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
@@ -102,6 +106,7 @@ def publish(folder: Path, runs: Path, names: list[str] | None = None, out: Path 
             claims.add_row(*cells)
         console.print(claims, highlight=False)
     lines = [f"table: {out / 'summary.csv'}", f"curves: {out / 'curves.csv'}"]
+    lines += [f"attacks: {out / 'attacks.csv'}"] if attacked is not None else []
     lines += (f"{path.stem}: {path.with_suffix('.pdf')}, .png" for path in figures)
     if names is None:
         lines.append(f"report: {out / 'report.md'}")

@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Final
 
 from undo.attacks import relearn
+from undo.attacks import stage as attack
 from undo.distill import undo, unlearn_and_distill
 from undo.prepare_data import prepare
 from undo.prepare_models import pretrain, pretrained
@@ -14,6 +15,6 @@ from undo.unlearn import stage as unlearn
 STAGES: Final[Mapping[str, Stage]] = MappingProxyType(
     {
         module.STAGE.name: module.STAGE
-        for module in (prepare, pretrained, pretrain, unlearn, unlearn_and_distill, undo, relearn)
+        for module in (prepare, pretrained, pretrain, unlearn, unlearn_and_distill, undo, relearn, attack)
     }
 )

@@ -2,13 +2,13 @@
 
 import fcntl
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from undo.config.files import as_json, digest, numbers, open_lock, write_atomically
 from undo.config.mistakes import ConfigError
-from undo.config.schema import RunName, as_raw
+from undo.config.schema import Role, RunName, as_raw
 from undo.evaluate.evaluator import Measured
 from undo.runs import precision, ranks
 from undo.runs.directory import RunDirectory
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from undo.data.rows import Rows
     from undo.train.gradient import Objective, Step
     from undo.train.loop import Stop
 
@@ -42,6 +43,7 @@ def fit(
     """
     import torch
 
+    from undo.data.rows import few
     from undo.data.stream import MixedStream
     from undo.lm.disk import shape
     from undo.train import shard
@@ -58,18 +60,28 @@ def fit(
     training, length = computed_in(cfg.training), max(store.length for store in stores.values())
     if said := precision.note(cfg.training.precision, training.precision):
         print(said, flush=True)
+    rows: Mapping[Role, Rows] = stores
+    if cfg.documents is not None:
+        rows = {role: few(store, cfg.documents, cfg.seed_for("order")) for role, store in stores.items()}
     streams = {
-        name: MixedStream(stores, mixture, training.batch_rows, cfg.seed_for("order") + index)
+        name: MixedStream(rows, mixture, training.batch_rows, cfg.seed_for("order") + index)
         for index, (name, mixture) in enumerate(cfg.streams().items())
     }
     if cfg.execution.shard == "full":  # now: noise, verification and the choice of weights want them whole
         shard.divide(model)
     evaluator = cfg.evaluation.load(run.sibling(cfg.validated_on), model.device)
 
+    last = Measured({}, 0)
+
+    def measured(full: bool) -> Measured:
+        nonlocal last
+        last = evaluator(model, full)
+        return last
+
     def evaluate(step: int, full: bool) -> Measured:
         if step == 0 and starts_as is not None:
-            return shared_evaluation(run.sibling(starts_as), cfg, lambda: evaluator(model, full))
-        return evaluator(model, full)
+            return shared_evaluation(run.sibling(starts_as), cfg, lambda: measured(full))
+        return measured(full)
 
     outcome = yield from stepwise(
         model,
@@ -86,9 +98,10 @@ def fit(
     evaluation = outcome.evaluation
     if cfg.leaves_model and rounded(model, saved_dtype(cfg, run)):  # what is kept is what is measured
         with torch.no_grad(), mixed_precision(training, model.device):
-            evaluation, _ = ranks.of_the_leader(evaluator(model, True))
-    if run.leads:  # for those who start as this model
-        write_atomically(evaluation_file(run, cfg), as_json(evaluation))
+            evaluation = ranks.of_the_leader(measured(True)).values
+    if run.leads:
+        write_atomically(evaluation_file(run, cfg), as_json(evaluation))  # for those who start as this model
+        write_atomically(run.outcomes_file, as_json({role: items._asdict() for role, items in last.outcomes.items()}))
     size = shape(model)
     return {
         "steps": outcome.steps,

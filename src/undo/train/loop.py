@@ -214,8 +214,9 @@ def _evaluate(evaluate: Evaluate, cfg: Training, done: "_Progress", autocast: to
     with torch.no_grad(), autocast:
         while True:
             # Each rank measures its copy of the model; a GPU's last bits must not make one stop and another go on.
-            done.evaluation, tokens = ranks.of_the_leader(evaluate(done.step, full))
-            done.evaluated, done.evaluation_tokens = done.step, done.evaluation_tokens + tokens
+            measured = ranks.of_the_leader(evaluate(done.step, full))
+            done.evaluation, done.evaluated = measured.values, done.step
+            done.evaluation_tokens += measured.tokens
             reached = done.step > 0 and stop(done.evaluation)
             if full or not reached:
                 return reached

@@ -87,6 +87,11 @@ class TrainingStage(StageConfig):
         return True
 
     @property
+    def documents(self) -> int | None:
+        """Of each role that the run trains on; None: all there are."""
+        return None
+
+    @property
     def leaves_model(self) -> bool:
         """Whether the run keeps its model."""
         return True

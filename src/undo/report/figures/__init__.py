@@ -1,9 +1,10 @@
-"""One function for each figure of the paper: results -> a matplotlib figure, or what it lacks."""
+"""One function for each figure of the paper, one for the matrix of attacks: results -> a figure, or what it lacks."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from undo.report.figures.attacks import attack_matrix
 from undo.report.figures.compute import robustness_against_compute
 from undo.report.figures.distillation import distillation_trends
 from undo.report.figures.matching import oracle_matching
@@ -30,16 +31,20 @@ FIGURES: Final[dict[str, Callable[["Results"], "Figure | Missing"]]] = {
     "fig9": distillation_trends,
     "fig10": average_relearning_curves,
     "fig11": retain_against_forget,
+    "attacks": attack_matrix,
 }
 OF_A_PRETRAINED_MODEL: Final = ("fig8", "fig11")  # all others are of models that were trained here
 
 
 def figures_of(results: "Results") -> list[str]:
-    """Those that the setting's figures.yaml names; else those that the paper draws of such an experiment."""
-    if results.shown.figures is not None:
-        return [name for name in FIGURES if name in results.shown.figures]
+    """Those that the setting's figures.yaml names; else those that the paper draws of such an experiment.
+
+    With them the matrix of attacks, where there were some.
+    """
     fetched = bool(results.of("base"))
-    return [name for name in FIGURES if (name in OF_A_PRETRAINED_MODEL) == fetched]
+    paper = [name for name in FIGURES if name != "attacks" and (name in OF_A_PRETRAINED_MODEL) == fetched]
+    wanted = paper if results.shown.figures is None else results.shown.figures
+    return [name for name in FIGURES if name in wanted or (name == "attacks" and results.of("attack"))]
 
 
 def draw(names: Iterable[str], results: "Results", folder: Path) -> tuple[list[Path], dict[str, Missing]]:
