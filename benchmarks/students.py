@@ -8,7 +8,7 @@ measured ratio stands that of the arithmetic, and a table of what it would be on
 """
 
 import argparse
-import platform
+import os
 import statistics
 import time
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from undo.lm.tokens import Tokens, collate
 from undo.losses import forward_kl
 from undo.prepare_models.reduced_gemma2 import SIZES, ReducedGemma2
 from undo.runs.company import Company
+from undo.runs.precision import cpu
 from undo.train.loop import stepwise
 from undo.train.recorder import InMemory
 
@@ -33,7 +34,7 @@ DEMO = ReducedGemma2(
 # name -> shape, rows of a step, length. `deep`: blocks of the 0.1B under a head with the share that a 2B's has
 CASES = {
     "demo": (DEMO, 32, 64),
-    "deep": (ReducedGemma2.model_validate({"size": "0.1B", "vocab_size": 7_800, "layers": 4}), 1, 128),
+    "deep": (ReducedGemma2.model_validate({"size": "0.1B", "vocab_size": 7_800, "layers": 4}), 4, 128),
     "0.1B": (ReducedGemma2.model_validate({"size": "0.1B"}), 1, 128),
 }
 H200 = (("0.1B", 2048, 8), ("0.3B", 256, 64), ("2B", 256, 10))  # size, length, rows at once
@@ -113,11 +114,12 @@ def modelled(size: str, length: int, rows: int, students: int) -> str:
     share, ratio = of_the_arithmetic(shape, length, students)
     cfg = Training(steps=1, batch_rows=rows, learning_rate=1e-4, evaluate_every=1, precision="bf16")
     asked: Any = {"shape": shape, "cfg": cfg, "execution": Execution(), "length": length, "frozen": [shape]}
-    alone, beside = (memory.needed(**asked, beside=others).total for others in (0, students - 1))
-    fit = next(n for n in range(1, 99) if memory.needed(**asked, beside=n).total > BYTES)
+    needed = [memory.needed(**asked, beside=others).total for others in range(students)]
+    fit = sum(total <= BYTES for total in needed)
+    _, of_those = of_the_arithmetic(shape, length, fit)
     return (
-        f"| {size}, {rows} x {length} tokens | {100 * share:.1f} % | {ratio:.3f} | {1 / (1 - share):.3f} | "
-        f"{alone / 1e9:.0f} | {beside / 1e9:.0f} | {fit} |"
+        f"| {size}, {rows} x {length} tokens | {100 * share:.1f} % | {ratio:.3f} | {needed[0] / 1e9:.0f} | "
+        f"{needed[-1] / 1e9:.0f} | {fit} | {of_those:.3f} |"
     )
 
 
@@ -128,21 +130,17 @@ def main() -> None:
     arguments.add_argument("--case", choices=CASES, action="append")
     args = arguments.parse_args()
     torch.set_num_threads(1)
-    print(f"{platform.machine()}, one thread; torch {version('torch')}, transformers {version('transformers')}\n")
+    print(
+        f"{cpu()['name']}, one thread, load {os.getloadavg()[0]:.1f}; torch {version('torch')}, transformers {version('transformers')}\n"
+    )
     names = "CPU s, one by one", "side by side", "ratio", "all rounds", "teacher's body", "by arithmetic"
     print("| " + " | ".join((f"{args.students} students", *names)) + " |")
     print("| --- " * 7 + "|")
     for case in args.case or ("demo", "deep"):  # the 0.1B takes minutes
         print(measured(case, args.students, args.rounds, steps=8 if case == "demo" else 2), flush=True)
     print("\nOne H200, **modelled, not measured**: every FLOP takes the same time; memory as the estimate has it.\n")
-    names = (
-        "teacher's body",
-        f"ratio of {args.students}",
-        "of many",
-        "GB alone",
-        f"GB of {args.students}",
-        "fit in 141 GB",
-    )
+    n = args.students
+    names = "teacher's body", f"ratio of {n}", "GB alone", f"GB of {n}", f"of {n} fit in 141 GB", "ratio of those"
     print("| " + " | ".join(("step", *names)) + " |\n" + "| --- " * 7 + "|")
     for size, length, rows in H200:
         assert size in SIZES
