@@ -42,7 +42,7 @@ class Attacked(TrainingStage):
     attack: AnyAttack
     mixture: Mixture = Field(default={"forget": 1.0})  # what finetuning trains on
     examples: Count | None = None  # documents of each role that finetuning has; None: all of the training data
-    training: AttackTraining = AttackTraining()
+    training: AttackTraining = AttackTraining()  # pyright: ignore[reportIncompatibleVariableOverride]  # it is frozen
 
     @model_validator(mode="after")
     def _trains_if_it_finetunes(self) -> Self:
@@ -55,7 +55,7 @@ class Attacked(TrainingStage):
     @property
     def title(self) -> str:
         """The column of the matrix that it belongs to."""
-        mixture = self.mixture if self.attack.finetunes else {"forget": 1.0}
+        mixture: Mixture = self.mixture if self.attack.finetunes else {"forget": 1.0}
         return composed((change.title for change in self.before), self.attack.title, mixture, self.examples)
 
     def parents(self) -> tuple[RunName, ...]:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,7 @@ def linear_layers(model: PreTrainedModel, pattern: str | None = None) -> Iterato
 
 def matrix(layer: nn.Module) -> Tensor:
     """The weight of a linear layer as [outputs, inputs], without its gradient, to be read or changed in place."""
-    weight = layer.weight.detach()
-    assert isinstance(weight, Tensor)
+    weight = cast(Tensor, layer.weight).detach()
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
