@@ -130,9 +130,8 @@ def main() -> None:
     arguments.add_argument("--case", choices=CASES, action="append")
     args = arguments.parse_args()
     torch.set_num_threads(1)
-    print(
-        f"{cpu()['name']}, one thread, load {os.getloadavg()[0]:.1f}; torch {version('torch')}, transformers {version('transformers')}\n"
-    )
+    machine = f"{cpu()['name']}, one thread, load {os.getloadavg()[0]:.1f}"
+    print(f"{machine}; torch {version('torch')}, transformers {version('transformers')}\n")
     names = "CPU s, one by one", "side by side", "ratio", "all rounds", "teacher's body", "by arithmetic"
     print("| " + " | ".join((f"{args.students} students", *names)) + " |")
     print("| --- " * 7 + "|")
