@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import math
+import sys
 import tempfile
 import time
 import traceback
@@ -91,6 +92,7 @@ def main() -> None:
         args.vocabulary or (500 if args.small else Asked.vocabulary),
         args.tokens or (40 if args.small else Asked.tokens),
     )
+    torch._dynamo.config.recompile_limit = 64  # many kinds in one process
     bad = []
     for name in args.only or CHECKS:
         line = check(name, asked)
@@ -111,6 +113,7 @@ def check(name: str, asked: Asked) -> dict[str, Any]:
     try:
         for what, error, bound in CHECKS[name](asked):
             errors[what], bounds[what] = error, bound
+            print(f"{name}/{what}: {error:.1e}", file=sys.stderr, flush=True)  # a check may take minutes on a card
     except Exception as reason:  # the next check may say more
         traceback.print_exc()
         line["failed"] = f"{type(reason).__name__}: {reason}"[:500]
@@ -382,9 +385,9 @@ def _objective(network: PreTrainedModel, rng: torch.Generator, run: _Stoppable, 
 CHECKS: Final[dict[str, Callable[[Asked], Errors]]] = {
     "losses": losses,
     "choices": choices,
-    "model": model,
     "methods": methods,
     "loop": loop,
+    "model": model,  # the longest
 }
 
 
