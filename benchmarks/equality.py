@@ -36,7 +36,6 @@ from transformers import PreTrainedModel
 
 import undo.train.loop
 from undo import losses as equations
-from undo import unlearn
 from undo.config.schema import StageConfig, Training
 from undo.data.rows import PackedDocuments
 from undo.data.stream import MixedStream
@@ -52,6 +51,7 @@ from undo.runs.ranks import this_process
 from undo.runs.run import Run
 from undo.train.gradient import BatchGradient, Objective
 from undo.train.loop import train
+from undo.unlearn import NPO, RMU, SAM, UAM, MaxEnt, RepNoise, Smoothing, UnlearningMethod
 from undo.unlearn.method import Method
 
 SOFTCAP: Final = 30.0
@@ -255,23 +255,23 @@ def _loss_and_gradients(network: PreTrainedModel, text: Tokens) -> list[Tensor |
 TINY: Final = ReducedGemma2(
     vocab_size=300, hidden_size=32, intermediate_size=64, layers=2, heads=2, kv_heads=1, head_dim=16, init_std=0.2
 )
-ON_BLOCKS: Final = {"layer": 1, "trained_layers": (0, 1), "c": 2.0, "alpha": 3.0}
+ON_BLOCKS: Final[dict[str, Any]] = {"layer": 1, "trained_layers": (0, 1), "c": 2.0, "alpha": 3.0}
 MORE: Final = (  # forms that a method's defaults do not reach
-    unlearn.MaxEnt(retain="kl"),
-    unlearn.RMU(**ON_BLOCKS | {"coefficient": "adaptive"}),
-    unlearn.NPO(nll="batch_mean", beta=0.3),
-    unlearn.RepNoise(noise_weight=1.0, ascent_weight=0.5, paired=True),
-    unlearn.UAM(loss="representation", layer=1, trained_layers=(0, 1)),
-    unlearn.SAM(ascent="total"),
-    unlearn.SAM.model_validate({"preset": "official"}),
-    unlearn.Smoothing.model_validate({"preset": "faithful"}),
+    MaxEnt(retain="kl"),
+    RMU(**ON_BLOCKS | {"coefficient": "adaptive"}),
+    NPO(nll="batch_mean", beta=0.3),
+    RepNoise(noise_weight=1.0, ascent_weight=0.5, paired=True),
+    UAM(loss="representation", layer=1, trained_layers=(0, 1)),
+    SAM(ascent="total"),
+    SAM.model_validate({"preset": "official"}),
+    Smoothing.model_validate({"preset": "faithful"}),
 )
 
 
 def every_method() -> list[Method]:
     """Each of the union with its defaults, and the forms that these leave out."""
-    kinds: tuple[type[Method], ...] = get_args(get_args(unlearn.UnlearningMethod)[0])
-    return [kind(**(ON_BLOCKS if kind is unlearn.RMU else {})) for kind in kinds] + list(MORE)
+    kinds: tuple[type[Method], ...] = get_args(get_args(UnlearningMethod)[0])
+    return [kind(**(ON_BLOCKS if kind is RMU else {})) for kind in kinds] + list(MORE)
 
 
 def methods(asked: Asked) -> Errors:
@@ -294,7 +294,7 @@ class _Here:
 
 def _step(method: Method, device: torch.device, dtype: torch.dtype, micro_rows: int | None) -> tuple[Tensor, Tensor]:
     """The terms of one step, and the gradient that the optimiser would take: each as one vector."""
-    student, reference = (placing.place(TINY.build(0).to(dtype), device) for _ in range(2))
+    student, reference = (placing.place(cast(Any, TINY.build(0)).to(dtype), device) for _ in range(2))
     moved = torch.Generator().manual_seed(9)  # away from the reference, where some terms have no gradient
     with torch.no_grad():
         for name, weight in student.named_parameters():
