@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import math
+import sys
 import tempfile
 import time
 import traceback
@@ -35,7 +36,6 @@ from transformers import PreTrainedModel
 
 import undo.train.loop
 from undo import losses as equations
-from undo import unlearn
 from undo.config.schema import StageConfig, Training
 from undo.data.rows import PackedDocuments
 from undo.data.stream import MixedStream
@@ -51,6 +51,7 @@ from undo.runs.ranks import this_process
 from undo.runs.run import Run
 from undo.train.gradient import BatchGradient, Objective
 from undo.train.loop import train
+from undo.unlearn import NPO, RMU, SAM, UAM, MaxEnt, RepNoise, Smoothing, UnlearningMethod
 from undo.unlearn.method import Method
 
 SOFTCAP: Final = 30.0
@@ -91,6 +92,7 @@ def main() -> None:
         args.vocabulary or (500 if args.small else Asked.vocabulary),
         args.tokens or (40 if args.small else Asked.tokens),
     )
+    torch._dynamo.config.recompile_limit = 64  # many kinds in one process
     bad = []
     for name in args.only or CHECKS:
         line = check(name, asked)
@@ -111,6 +113,7 @@ def check(name: str, asked: Asked) -> dict[str, Any]:
     try:
         for what, error, bound in CHECKS[name](asked):
             errors[what], bounds[what] = error, bound
+            print(f"{name}/{what}: {error:.1e}", file=sys.stderr, flush=True)  # a check may take minutes on a card
     except Exception as reason:  # the next check may say more
         traceback.print_exc()
         line["failed"] = f"{type(reason).__name__}: {reason}"[:500]
@@ -252,23 +255,23 @@ def _loss_and_gradients(network: PreTrainedModel, text: Tokens) -> list[Tensor |
 TINY: Final = ReducedGemma2(
     vocab_size=300, hidden_size=32, intermediate_size=64, layers=2, heads=2, kv_heads=1, head_dim=16, init_std=0.2
 )
-ON_BLOCKS: Final = {"layer": 1, "trained_layers": (0, 1), "c": 2.0, "alpha": 3.0}
+ON_BLOCKS: Final[dict[str, Any]] = {"layer": 1, "trained_layers": (0, 1), "c": 2.0, "alpha": 3.0}
 MORE: Final = (  # forms that a method's defaults do not reach
-    unlearn.MaxEnt(retain="kl"),
-    unlearn.RMU(**ON_BLOCKS | {"coefficient": "adaptive"}),
-    unlearn.NPO(nll="batch_mean", beta=0.3),
-    unlearn.RepNoise(noise_weight=1.0, ascent_weight=0.5, paired=True),
-    unlearn.UAM(loss="representation", layer=1, trained_layers=(0, 1)),
-    unlearn.SAM(ascent="total"),
-    unlearn.SAM.model_validate({"preset": "official"}),
-    unlearn.Smoothing.model_validate({"preset": "faithful"}),
+    MaxEnt(retain="kl"),
+    RMU(**ON_BLOCKS | {"coefficient": "adaptive"}),
+    NPO(nll="batch_mean", beta=0.3),
+    RepNoise(noise_weight=1.0, ascent_weight=0.5, paired=True),
+    UAM(loss="representation", layer=1, trained_layers=(0, 1)),
+    SAM(ascent="total"),
+    SAM.model_validate({"preset": "official"}),
+    Smoothing.model_validate({"preset": "faithful"}),
 )
 
 
 def every_method() -> list[Method]:
     """Each of the union with its defaults, and the forms that these leave out."""
-    kinds: tuple[type[Method], ...] = get_args(get_args(unlearn.UnlearningMethod)[0])
-    return [kind(**(ON_BLOCKS if kind is unlearn.RMU else {})) for kind in kinds] + list(MORE)
+    kinds: tuple[type[Method], ...] = get_args(get_args(UnlearningMethod)[0])
+    return [kind(**(ON_BLOCKS if kind is RMU else {})) for kind in kinds] + list(MORE)
 
 
 def methods(asked: Asked) -> Errors:
@@ -291,7 +294,7 @@ class _Here:
 
 def _step(method: Method, device: torch.device, dtype: torch.dtype, micro_rows: int | None) -> tuple[Tensor, Tensor]:
     """The terms of one step, and the gradient that the optimiser would take: each as one vector."""
-    student, reference = (placing.place(TINY.build(0).to(dtype), device) for _ in range(2))
+    student, reference = (placing.place(cast(Any, TINY.build(0)).to(dtype), device) for _ in range(2))
     moved = torch.Generator().manual_seed(9)  # away from the reference, where some terms have no gradient
     with torch.no_grad():
         for name, weight in student.named_parameters():
@@ -382,9 +385,9 @@ def _objective(network: PreTrainedModel, rng: torch.Generator, run: _Stoppable, 
 CHECKS: Final[dict[str, Callable[[Asked], Errors]]] = {
     "losses": losses,
     "choices": choices,
-    "model": model,
     "methods": methods,
     "loop": loop,
+    "model": model,  # the longest
 }
 
 

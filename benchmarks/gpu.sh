@@ -74,8 +74,8 @@ check)
         bench 120 parts card.py recompiles syncs --small
         step 300 tests "$PYTHON" -m pytest -q -n 0 -p no:cacheprovider tests/test_corrupt.py
     else
-        bench 240 equality equality.py --compile
-        bench 90 parts card.py recompiles syncs
+        bench 270 equality equality.py --compile
+        bench 80 parts card.py recompiles syncs
         mapfile -t marked < <(grep -rl 'mark\.device' tests --include='test_*.py')
         UNDO_TESTS_ON=cuda step 300 tests "$PYTHON" -m pytest -q -n 6 -p no:cacheprovider "${marked[@]}"
     fi

@@ -129,7 +129,7 @@ def table(path: Path) -> str:
         cells.append(f"{line['tokens_per_s']:,}")
         cells.append("-" if line["flops_per_s"] is None else f"{line['flops_per_s'] / 1e9:.0f}")
         cells.append("-" if line["mfu"] is None else f"{line['mfu']:.1%}")
-        cells.append("-" if line["mfu"] is None else f"{line['flops_per_s'] / LIMIT:.1%}")
+        cells.append("-" if line["mfu"] is None else f"{(line['flops_per_s'] or 0) / LIMIT:.1%}")
         text.append(f"| {line['name']} | {line['tokens']:,} | {line['threads']} | " + " | ".join(cells) + " |")
     sides = list(dict.fromkeys(side for line in lines for side in line["seconds"]))
     text += ["", "Seconds, and peak MiB above what a side holds between repetitions:", ""]

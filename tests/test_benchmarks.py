@@ -1,6 +1,7 @@
 """What benchmarks stand on: their processes, and the arithmetic behind their tables."""
 
 import os
+import subprocess
 import sys
 
 import demo
@@ -8,6 +9,7 @@ import equality
 import measure
 import pytest
 
+from tests.conftest import HANGS, ROOT
 from undo.losses.targets import UniformKL
 from undo.runs.ranks import this_process
 
@@ -90,3 +92,21 @@ def test_finished_runs_say_what_the_account_asks(undisturbed):
     found = demo.account(runs, wall=1000.0, cpu=900.0, cores=2, peak=1e9)
     assert sum(found.parts.values()) == pytest.approx(2000)
     assert 0 < found.parts["the rest of evaluation"] + found.parts["the arithmetic of evaluation, at the peak"] < 900
+
+
+def test_a_step_that_fails_on_a_card_loses_nothing(tmp_path):
+    """The real script with a Python that only says what it is asked, and fails in the second step."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "asked $*"\ncase "$*" in *card.py*) exit 3 ;; esac\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    command = ["bash", str(ROOT / "benchmarks/gpu.sh"), "check", "--small"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS)
+    assert ended.returncode == 1, ended.stderr
+    log = (tmp_path / "out/check.log").read_text()
+    assert "asked benchmarks/equality.py --small" in log
+    assert [line.partition(",")[0] for line in log.splitlines()[-3:]] == [
+        "equality: status 0",
+        "parts: status 3",
+        "tests: status 0",
+    ]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.conftest import SHAPE, lively
+from tests.conftest import DEVICE, SHAPE, lively
 from tests.train.test_steps import batch_gradient
 from tests.unlearn.test_methods import METHODS, moved, roles, setting
 from undo.config.mistakes import ConfigError
@@ -70,7 +70,7 @@ def test_what_is_said_after_the_last_step(data):
     store = TokenStore(data.folder / "validation" / "forget")
     with torch.no_grad():
         tokens = next(store.batches(range(min(32, len(store))), 32))
-        assert found["forget_cross_entropy"] == pytest.approx(float(cross_entropy(model, tokens)))
+        assert found["forget_cross_entropy"] == pytest.approx(float(cross_entropy(model, tokens.to(DEVICE))))
     line = health.as_line({**found, "gradient/forget": 1.5})
     assert "first gradients: forget 1.5" in line
     assert f"ln V = {math.log(SHAPE.vocab_size):.2f}" in line
