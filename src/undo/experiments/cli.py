@@ -83,8 +83,7 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
     arguments.add_argument(
         "--start",
         choices=get_args(Start),
-        default="fork",
-        help="fork (default, Linux): import once and fork each process; fresh: each imports for itself",
+        help="fork (Linux, default without a GPU): import once, fork each process; fresh: each imports for itself",
     )
     arguments.add_argument(
         "--mirror",
@@ -117,11 +116,16 @@ def launch(
         print(said)
     with LiveTable(runs) as display:
         try:
-            failed = run_jobs(jobs(runs, args.start), display)
+            failed = run_jobs(jobs(runs, args.start or start()), display)
         except KeyboardInterrupt:
             display.interrupted(args.force)
             return 130
     return 1 if failed else 0
+
+
+def start() -> Start:
+    """How processes come about where nobody says. Forks have been run on CPUs alone, so on a GPU they are a choice."""
+    return "fresh" if visible_gpus() else "fork"
 
 
 def precision_note(runs: Sequence[PlannedRun]) -> str | None:
