@@ -189,7 +189,7 @@ class _Drawn:
         p = baseline.capped(self.text.at_labels(hidden), weight).log_softmax(-1)
         picked = -p.gather(1, self.labels[:, None])[:, 0]
         if kind in ("kl", "lowered_kl"):
-            logits = baseline.capped(*(t.double() for t in self.taught))
+            logits = baseline.capped(self.taught[0].double(), self.taught[1].double())
             if kind == "lowered_kl":
                 logits = logits.scatter_add(1, self.labels[:, None], torch.full_like(logits[:, :1], -STRENGTH))
             q = logits.log_softmax(-1)
@@ -258,7 +258,7 @@ TINY: Final = ReducedGemma2(
 ON_BLOCKS: Final[dict[str, Any]] = {"layer": 1, "trained_layers": (0, 1), "c": 2.0, "alpha": 3.0}
 MORE: Final = (  # forms that a method's defaults do not reach
     MaxEnt(retain="kl"),
-    RMU(**ON_BLOCKS | {"coefficient": "adaptive"}),
+    RMU(**ON_BLOCKS, coefficient="adaptive"),
     NPO(nll="batch_mean", beta=0.3),
     RepNoise(noise_weight=1.0, ascent_weight=0.5, paired=True),
     UAM(loss="representation", layer=1, trained_layers=(0, 1)),
