@@ -479,7 +479,7 @@ def test_experiments_beside_the_main_one(tmp_path, monkeypatch):
     uam = [name for name in planned("--only", "unlearn/*uam*") if "uam" in name]
     assert uam == ["unlearn/uam-lr_3e-02-seed_0"]  # the first file that has one: not the search's
     assert len([name for name in planned("--only", "relearn/sam_0.0?-*") if "relearn" in name]) == 12  # Table 8's
-    with pytest.raises(ConfigError, match=r"no <stage>_robst\.yaml; there is: robust, search, tables"):
+    with pytest.raises(ConfigError, match=r"no <stage>_robst\.yaml; there is: attacks, robust, search, tables"):
         planned("--with", "robst")
     shutil.copy(folder / "unlearn.yaml", folder / "unlearn_again.yaml")
     with pytest.raises(ConfigError, match=r"is a run of .*unlearn\.yaml already"):

@@ -105,4 +105,11 @@ def text(cfg: Attacked, run: Run, role: Role) -> "Iterator[Tokens]":
     return (stream.batch(step).to(device) for step in count())
 
 
-STAGE = Stage("attack", Attacked, attack, __name__, "Attacks of every kind (beyond the paper)")
+STAGE = Stage(
+    "attack",
+    Attacked,
+    attack,
+    __name__,
+    "Attacks of every kind (beyond the paper)",
+    example="demo --with attacks --only '*undo_0.8*' --dry-run",
+)

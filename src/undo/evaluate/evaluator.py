@@ -1,7 +1,6 @@
 """What all evaluations share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple
 
 from undo.config.schema import Count, Frozen
@@ -31,7 +30,7 @@ class Measured(NamedTuple):
 
     values: dict[str, float]
     tokens: int
-    outcomes: Mapping[str, Outcomes] = MappingProxyType({})  # by role; none where nobody kept them
+    outcomes: Mapping[str, Outcomes] = {}  # by role; none where nobody kept them
 
 
 # Given the model, and whether to use the whole validation set or the config's fixed subset of it. Takes no gradient.

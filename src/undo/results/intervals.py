@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 RESAMPLES: Final = 2000
 SEED: Final = 0  # of the resampling, so that a report is the same each time
@@ -24,6 +25,8 @@ class Interval(NamedTuple):
 
 def performance(items: Items) -> Interval:
     """Of one model on the items of one role: resampled with replacement, the percentiles of the quotient of sums."""
+    import numpy as np
+
     scored, weights = np.array(items["scored"]), np.array(items["weights"])
     drawn = _drawn(len(scored))
     return _interval(scored.sum() / weights.sum(), (drawn @ scored) / (drawn @ weights))
@@ -31,6 +34,8 @@ def performance(items: Items) -> Interval:
 
 def difference(a: Items, b: Items) -> Interval | None:
     """Of two models on the same items, a - b: both are resampled together. None where their items are not the same."""
+    import numpy as np
+
     if list(a["weights"]) != list(b["weights"]):
         return None
     scored, other, weights = np.array(a["scored"]), np.array(b["scored"]), np.array(a["weights"])
@@ -39,11 +44,15 @@ def difference(a: Items, b: Items) -> Interval | None:
 
 
 @lru_cache(maxsize=4)  # a setting's evaluations have one or two sizes, and a report hundreds of intervals
-def _drawn(size: int) -> np.ndarray:
+def _drawn(size: int) -> "np.ndarray":
     """How often each item is in each resample: [RESAMPLES, size]."""
+    import numpy as np
+
     return np.random.default_rng(SEED).multinomial(size, np.full(size, 1 / size), size=RESAMPLES)
 
 
-def _interval(value: float, resampled: np.ndarray) -> Interval:
+def _interval(value: float, resampled: "np.ndarray") -> Interval:
+    import numpy as np
+
     low, high = np.percentile(resampled, (2.5, 97.5))
     return Interval(float(value), float(low), float(high))

@@ -218,7 +218,7 @@ def _of(cell: Cell, kept: bool) -> Result | None:
 
 
 def matrix(results: Results) -> Matrix | None:
-    """None where nothing but `relearn` attacked: then the results table says it all."""
+    """None where nothing but `relearn` attacked models that are here: then the results table says it all."""
     if not results.of("attack"):
         return None
     groups: dict[tuple[str, str], list[Result]] = {}
@@ -226,6 +226,8 @@ def matrix(results: Results) -> Matrix | None:
         groups.setdefault((run.config["model"], run.facts.get("attack", FINETUNING)), []).append(run)
     attacked = {name for (name, _), runs in groups.items() if any(r.name.startswith("attack/") for r in runs)}
     models = [run for run in results.runs if run.name in attacked]
+    if not models:  # they live elsewhere
+        return None
     labels = dict(zip([m.name for m in models], distinct([_label(results, m) for m in models], models), strict=True))
     cells = [
         Cell(model, attack, tuple(runs))
