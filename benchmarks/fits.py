@@ -74,16 +74,18 @@ class Peak(NamedTuple):
 
 def peaks(small: bool = False) -> Iterator[Peak]:
     """On this device: the losses alone, then whole steps. A CPU is asked for small ones only."""
+    from train import SHAPES
+
     from undo.runs.ranks import this_process
 
     device = this_process().device
     assert device is not None
     small = small or device.type == "cpu"
-    yield from _of_losses(device.type, SMALL if small else ReducedGemma2(size="0.1B"), 600 if small else 5000)
+    yield from _of_losses(device.type, SMALL if small else SHAPES["0.1B"], 600 if small else 5000)
     length, rows = (64, 4) if small else (2048, 8)
     cfg = Training(steps=1, batch_rows=rows, learning_rate=1e-5, evaluate_every=1, warmup_steps=0, precision="bf16")
     for name in ("small",) if small else ("0.1B", "0.3B"):
-        shape = SMALL if small else ReducedGemma2(size=name)
+        shape = SMALL if small else SHAPES[name]
         for taught in (False, True):
             for micro in (None, rows // 2):
                 execution = Execution(micro_rows=micro)

@@ -186,7 +186,8 @@ def work(
 
     student, weight, labels = new(tokens, hidden), new(vocabulary, hidden), new(tokens).long()
     taught = new(tokens, hidden), Head(new(vocabulary, hidden), softcap)
-    student.requires_grad_(gradient), weight.requires_grad_(gradient)
+    for trained in (student, weight):
+        trained.requires_grad_(gradient)
     target = {
         "ce": lambda: CrossEntropy(labels),
         "uniform": UniformKL,
@@ -220,8 +221,8 @@ def count(
         run()
     large = [launch for launch in traffic.launches if launch.loads or launch.stores]
     moved = sum(sum(launch.loads) + sum(launch.stores) for launch in large)
-    passes = [size / (4 * tokens * vocabulary) for size in (moved, traffic.products, traffic.others, traffic.heads)]
-    return Counts(large, *passes, held.peak)
+    one = 4 * tokens * vocabulary
+    return Counts(large, moved / one, traffic.products / one, traffic.others / one, traffic.heads / one, held.peak)
 
 
 def rows(tokens: int, hidden: int) -> Iterator[str]:

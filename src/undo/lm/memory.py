@@ -115,8 +115,8 @@ def _loss(shape: Shape, frozen: Sequence[Shape], tokens: int, mixed: bool, devic
     rows = max(1, min((1 << 29) // shape.vocab_size if gpu else min(512, (1 << 25) // shape.vocab_size), tokens))
     columns = shape.vocab_size if gpu else min(2048, shape.vocab_size)
     chunk = FP32 * rows * columns * -(-shape.vocab_size // columns)
-    # on a CPU: both models' probabilities, their difference, and the gradient
-    made = (BF16 if mixed else FP32) if gpu else FP32 * (4 if frozen else 2)
+    # on a CPU: both models' probabilities, their difference, and the gradient with that of the tile before
+    made = (BF16 if mixed else FP32) if gpu else FP32 * (5 if frozen else 3)
     casts = sum(BF16 * f.vocab_size * f.hidden_size for f in heads) if mixed else 0
     return chunk * len(heads) + made * rows * columns + casts
 

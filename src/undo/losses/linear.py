@@ -132,7 +132,8 @@ def _sum_of_tiles(
             if grad is not None and grad_bias is not None:
                 part = grad_bias[start : start + len(weight)]
                 part.copy_(grad.sum(0, dtype=part.dtype) if first == 0 else part + grad.sum(0, dtype=part.dtype))
-            del grad  # before the next one is made
+            if hidden.is_cuda:  # half of all logits; on a CPU a tile, and malloc would give it back to the system
+                del grad
     return losses if weights is None else losses * weights
 
 
