@@ -19,7 +19,9 @@ from undo.lm.matrices import linear_layers, matrix
 from undo.lm.read import head, hidden_states
 from undo.losses import cross_entropy
 
-NEEDED = {  # keys without a default
+NEEDED = {  # keys without a default, and little text to read
+    "set_difference": {"tokens": 500},
+    "ablate": {"tokens": 500},
     "prune": {"share": 0.3},
     "merge": {"towards": "pretrain/other", "t": 0.5},
     "perturb": {"noise": {"alpha": 0.05}},
@@ -30,7 +32,7 @@ ATTACKS = [
     LoRA(rank=2, targets="mlp"),
     Quantise(bits=8),
     Quantise(levels="nf4", group=8),
-    Ablate(layer=0),
+    Ablate(layer=0, tokens=500),
 ]
 every_attack = pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.title.replace(" ", "_"))
 

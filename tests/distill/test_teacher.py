@@ -27,7 +27,7 @@ from undo.train.parents import _memory_asked
 STEPS, LONG = 8, 20
 MICRO = 2  # micro-batches of a step
 EARLY = {"a": {"retain_threshold": 1.0}}  # at step 3
-OF_THE_PROCESS = ("seconds", "evaluation_seconds", "tokens_per_second", "finished", "peak_rss_bytes")
+OF_THE_PROCESS = ("git_revision", "seconds", "evaluation_seconds", "tokens_per_second", "finished", "peak_rss_bytes")
 THREE = {"a": {"alpha": 0.2}, "b": {"alpha": 0.5, "beta": 0.3}, "c": {"alpha": 0.8}}
 
 
