@@ -1,5 +1,6 @@
 """Properties of every attack in the union, so that a new one is covered on arrival; then each one's own arithmetic."""
 
+import shutil
 from itertools import count
 from typing import get_args
 
@@ -11,13 +12,19 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import SHAPE, batch, lively
 from undo.attacks import Ablate, AnyAttack, Change, Finetune, LoRA, Merge, Perturb, Prune, Quantise, SetDifference
+from undo.attacks import stage as attack_stage
 from undo.attacks.attack import Attack, Means
 from undo.attacks.prune import highest, input_norms
 from undo.attacks.quantise import nf4
+from undo.attacks.stage import Attacked
 from undo.config.mistakes import ConfigError
+from undo.config.schema import validate
 from undo.lm.matrices import linear_layers, matrix
 from undo.lm.read import head, hidden_states
 from undo.losses import cross_entropy
+from undo.prepare_models.pretrain import Pretrain, pretrain
+from undo.runs.directory import Interrupted
+from undo.runs.run import Run
 
 NEEDED = {  # keys without a default, and little text to read
     "set_difference": {"tokens": 500},
@@ -294,3 +301,105 @@ def test_full_finetuning_changes_nothing_by_itself(model):
     before = outputs(model)
     Finetune().apply(model, means())
     assert torch.equal(outputs(model), before)
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------
+
+
+def stage_run(data, folder, name: str, **keys) -> Run:
+    """A claimed run of the stage `attack` beside the small arithmetic world, on a random model."""
+    runs = folder / "runs"
+    if not runs.exists():
+        shutil.copytree(data.runs, runs)
+        made = Run(runs, "tiny", "pretrain/m")
+        model = {"mixture": {"retain": 1.0}, "model": SHAPE.model_dump(), "evaluation": {"name": "accuracy"}}
+        trained = {"steps": 1, "batch_rows": 4, "learning_rate": 1e-3, "evaluate_every": 1}
+        config = Pretrain.model_validate(
+            {"name": "m", "data": "prepare/data", "training": trained, **model}, strict=False
+        )
+        made.claim(config)
+        made.open(config)
+        list(pretrain(config, made))
+    raw = {"name": name, "data": "prepare/data", "model": "pretrain/m", "evaluation": {"name": "accuracy"}, **keys}
+    run = Run(runs, "tiny", f"attack/{name}")
+    run.claim(Attacked.model_validate(raw, strict=False))
+    return run
+
+
+def work_on(run: Run, stop_at: int | None = None) -> None:
+    """Execute it in this process, up to a step if one is given: what a signal there would have left."""
+    config = validate(Attacked, run.config, "test")
+    run.open(config)
+    turns = attack_stage.STAGE.execute(config, run)
+    for step in turns:
+        if step == stop_at:
+            Run._stop_requested = True
+            try:
+                with pytest.raises(Interrupted):
+                    list(turns)
+            finally:
+                Run._stop_requested = False
+            return
+
+
+LORA = {
+    "before": [{"name": "quantise", "bits": 4}],
+    "attack": {"name": "lora", "rank": 2},
+    "training": {"steps": 6, "batch_rows": 4, "learning_rate": 1e-2, "evaluate_every": 2},
+    "examples": 8,
+}
+
+
+def test_an_interrupted_attack_is_resumed_bit_by_bit(data, tmp_path):
+    whole, stopped = (stage_run(data, tmp_path, name, **LORA) for name in ("whole", "stopped"))
+    work_on(whole)
+    work_on(stopped, stop_at=3)
+    assert not stopped.done
+    work_on(stopped)
+    assert list(whole.records()) == list(stopped.records())
+    assert whole.outcomes == stopped.outcomes
+    assert whole.facts["attack"] == "INT4 → LoRA, rank 2, 8 examples"
+    assert whole.facts["steps"] == 6
+
+
+def test_an_attack_leaves_the_attacked_model_as_it_is(data, tmp_path):
+    run = stage_run(data, tmp_path, "prune", attack={"name": "prune", "share": 0.5})
+    folder = run.sibling("pretrain/m").model
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    work_on(run)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert run.facts["steps"] == 0
+    assert run.facts["evaluation"] == {key: v for key, v in next(run.records()).items() if key != "step"}
+    items = run.outcomes["forget"]
+    assert sum(items["scored"]) / sum(items["weights"]) == pytest.approx(run.facts["evaluation"]["forget"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"attack": {"name": "lora"}}, "lora trains: give training.steps, batch_rows and learning_rate"),
+        (
+            {"attack": {"name": "quantise"}, "training": {"steps": 3, "evaluate_every": 1}},
+            "quantise trains nothing: leave `training` out, or put it into `before`",
+        ),
+        ({"attack": {"name": "quantise"}, "before": [{"name": "lora"}]}, "lora"),
+        ({"attack": {"name": "prune", "share": 1.0}}, "attack.share: input should be less than 1"),
+    ],
+)
+def test_mistakes_are_named(keys, message):
+    raw = {"name": "x", "data": "prepare/data", "model": "pretrain/m", "evaluation": {"name": "accuracy"}, **keys}
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        validate(Attacked, raw, "attack.yaml")
+
+
+def test_too_few_documents_for_as_many_examples(data, tmp_path):
+    run = stage_run(data, tmp_path, "many", **{**LORA, "examples": 10**6})
+    with pytest.raises(ConfigError, match=r"examples=1000000, but there are \d+ documents: take fewer"):
+        work_on(run)
+
+
+def test_what_it_merges_with_is_a_parent():
+    raw = {"name": "x", "data": "prepare/data", "model": "undo/u", "evaluation": {"name": "accuracy"}}
+    merge = {"name": "merge", "towards": "pretrain/reference", "t": 0.1}
+    config = validate(Attacked, {**raw, "before": [merge], "attack": {"name": "quantise"}}, "attack.yaml")
+    assert config.parents() == ("prepare/data", "undo/u", "pretrain/reference")
