@@ -104,6 +104,22 @@ def test_seeds_are_summed_up_by_their_median(tmp_path):
     assert found.elicited("reference", "INT4") == (0.3, 0.9)
 
 
+@pytest.mark.parametrize(("lost", "bracketed"), [(0, False), (1, False), (2, True), (3, True)])
+def test_brackets_are_for_attacks_that_cost_retain_performance_on_most_seeds(lost, bracketed, tmp_path):
+    made = World(tmp_path)
+    for seed in range(3):
+        made.run(f"pretrain/reference-{seed}", "reference", seed=seed, retain=0.9, forget=0.9)
+        attacked(made, f"pretrain/reference-{seed}", "INT4", 0.5, retain=0.5 if seed < lost else 0.85, seed=seed)
+    found = matrix(made.results())
+    assert found is not None
+    assert found.costs_retain("reference", "INT4") is bracketed
+    text = attacks(made.results()) or ""
+    assert ("| INT4 | (0.500 / " in text) is bracketed
+    assert ("INT4: 0.500 / 0.850 (" in text) is (0 < lost < 3)
+    assert (f"({3 - lost} of 3 seeds)" in text) is (0 < lost < 3)
+    assert ("| INT4: 0.500 / 0.500 | none |" in text) is (lost == 3)
+
+
 def test_a_student_that_did_not_recover_is_broken(tmp_path):
     made = World(tmp_path)
     made.run("unlearn/maxent-0", "maxent", retain=0.8, curve={0: 0.9, 100: 0.0}, **TEACHER)

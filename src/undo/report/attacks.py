@@ -16,7 +16,7 @@ def attacks(results: Results) -> str | None:
     return "\n".join(
         [
             f"Forget / retain {found.unit} at the end of each attack, by its worst adversary; {_over(seeds)}. "
-            f"In brackets: less than {KEPT:.0%} of the model's retain performance is left.\n",
+            f"In brackets: on most seeds less than {KEPT:.0%} of the model's retain performance is left.\n",
             markdown(("attack", *found.models, "UNDO in order of α"), _rows(found)),
             "UNDO in order of α: whether less is elicited at each larger α, from the unlearned model on. -: the attack "
             "elicits next to nothing from any of them.\n",
@@ -51,7 +51,7 @@ def _cell(found: Matrix, model: str, attack: str) -> str:
     if pair is None:
         return "diverged"
     text = f"{pair[0]:.3f} / {pair[1]:.3f}"
-    return text if found.elicited(model, attack, kept=True) is not None else f"({text})"
+    return f"({text})" if found.costs_retain(model, attack) else text
 
 
 def _worst(found: Matrix) -> Iterator[tuple[str, ...]]:
@@ -59,7 +59,12 @@ def _worst(found: Matrix) -> Iterator[tuple[str, ...]]:
         cells = []
         for kept in (False, True):
             entry = found.worst(model, kept)
-            cells.append("none" if entry is None else f"{entry[0]}: {entry[1]:.3f} / {entry[2]:.3f}")
+            if entry is None:
+                cells.append("none")
+                continue
+            ended, seeds = len(found.ended(model, entry[0], kept)), len(found.at(model, entry[0]))
+            some = f" ({ended} of {seeds} seeds)" * (ended < seeds)
+            cells.append(f"{entry[0]}: {entry[1]:.3f} / {entry[2]:.3f}{some}")
         start = found.series[0] if found.series else None
         apart = None if start in (None, model) else found.paired(model, start)
         yield model + ", broken" * found.broken(model), *cells, "-" if apart is None else str(apart)

@@ -100,11 +100,20 @@ class Matrix:
 
         kept: of the worst that keeps the model's retain performance.
         """
-        ended = [adversary for cell in self.at(model, attack) if (adversary := _of(cell, kept)) is not None]
+        ended = self.ended(model, attack, kept)
         if not ended:
             return None
         forget, retain = (median(a.facts["evaluation"][role] for a in ended) for role in ("forget", "retain"))
         return forget, retain
+
+    def ended(self, model: str, attack: str, kept: bool = False) -> list[Result]:
+        """The worst adversary of each seed, of those seeds that have one."""
+        return [adversary for cell in self.at(model, attack) if (adversary := _of(cell, kept)) is not None]
+
+    def costs_retain(self, model: str, attack: str) -> bool:
+        """Whether the worst adversary leaves less than KEPT of the model's retain performance, on most seeds."""
+        lost = [not keeps(cell.worst, cell.model) for cell in self.at(model, attack) if cell.worst is not None]
+        return 2 * sum(lost) > len(lost)
 
     def worst(self, model: str, kept: bool = False) -> tuple[str, float, float] | None:
         """The attack that elicits most from a model, by the median over seeds, with its forget and retain."""

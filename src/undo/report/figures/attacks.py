@@ -37,7 +37,7 @@ def attack_matrix(results: Results) -> "Figure | Missing":
                 axis.text(j, i, "diverged" if found.at(model, attack) else "not run", ha="center", va="center", size=6)
                 continue
             light = (pair[0] > middle) == found.higher_is_better
-            color, lost = INK if light else "white", found.elicited(model, attack, kept=True) is None
+            color, lost = INK if light else "white", found.costs_retain(model, attack)
             axis.text(j, i - 0.14, f"{pair[0]:.2f}", ha="center", va="center", size=8, color=color)
             retain = f"({pair[1]:.2f})" if lost else f"{pair[1]:.2f}"
             axis.text(j, i + 0.27, retain, ha="center", va="center", size=5.5, color=color)
