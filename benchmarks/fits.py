@@ -154,7 +154,7 @@ def peak_of_two_steps(
     from undo.lm.tokens import collate
     from undo.losses import cross_entropy, forward_kl
     from undo.train.gradient import BatchGradient
-    from undo.train.loop import _optimizer
+    from undo.train.optimizer import optimizer_of
 
     ids = torch.randint(4, shape.vocab_size, (cfg.batch_rows, length), generator=torch.Generator().manual_seed(0))
     tokens = collate([[row] for row in ids.numpy()], length).to(device)
@@ -164,7 +164,7 @@ def peak_of_two_steps(
         model = placing.place(shape.build(0), device)
         teacher = placing.place(placing.freeze(shape.build(1)), device) if taught else None
         weights = list(model.parameters())
-        optimizer = _optimizer(weights, cfg)
+        optimizer = optimizer_of(model, weights, cfg)
         for _ in range(2):
             if method is None:
                 for part in tokens.micro_batches(micro):
@@ -177,8 +177,7 @@ def peak_of_two_steps(
                 gradient = BatchGradient(objective, {"forget": tokens}, weights, 0.0, micro, state, mixed)
                 for weight, value in zip(weights, method.step(gradient, torch.Generator())[1], strict=True):
                     weight.grad = value
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer.step(cfg.learning_rate)
         return peak()
 
 

@@ -76,6 +76,7 @@ check)
     else
         bench 270 equality equality.py --compile
         bench 80 parts card.py recompiles syncs
+        step 60 fits "$PYTHON" benchmarks/fits.py --measure
         mapfile -t marked < <(grep -rl 'mark\.device' tests --include='test_*.py')
         UNDO_TESTS_ON=cuda step 300 tests "$PYTHON" -m pytest -q -n 6 -p no:cacheprovider "${marked[@]}"
     fi

@@ -55,7 +55,7 @@ class Training(Frozen):
     weight_decay: NonNegative = 0.0
     betas: tuple[Share, Share] = (0.9, 0.999)
     clip_norm: Positive | None = 1.0
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"  # 8bit: its state takes a quarter of the memory, and rounds
+    optimizer: Literal["adamw", "adamw_8bit", "sgd", "muon"] = "adamw"  # 8bit: a quarter of its state, which rounds
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast over fp32 weights, where the machine has it
     evaluate_every: Count
     evaluate_at: tuple[int, ...] = ()  # further steps

@@ -20,7 +20,12 @@ from undo.lm.shape import Shape
 
 FP32: Final = 4  # bytes
 BF16: Final = 2
-STATE: Final = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256}  # bytes for each weight; 8 bits have two fp32 scales a block
+STATE: Final = {  # bytes for each weight; 8 bits have two fp32 scales a block; Muon's ends have AdamW's, so at most
+    "adamw": 8.0,
+    "adamw_8bit": 2 + 8 / 256,
+    "sgd": 4.0,
+    "muon": 8.0,
+}
 PROCESS: Final = {"cuda": 1 << 30, "cpu": 1 << 29}  # CUDA's context and kernels; Python and its libraries
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from undo.config.files import numbers
 from undo.config.mistakes import ConfigError
@@ -28,6 +27,7 @@ from undo.runs.directory import Diverged, Interrupted
 from undo.runs.ranks import this_process
 from undo.train import shard
 from undo.train.gradient import BatchGradient, Objective, Step, plain
+from undo.train.optimizer import Optimizer, optimizer_of
 from undo.train.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def stepwise(
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if not weights:
         raise ConfigError("no weight is trainable")
-    optimizer = _optimizer(weights, cfg)
+    optimizer = optimizer_of(model, weights, cfg)
     autocast = mixed_precision(cfg, devices.device)
     done = _resume(recorder, model, weights, optimizer, rng)
     pace = _Pace()
@@ -137,10 +137,7 @@ def stepwise(
             if not math.isfinite(sum(values) + norm):
                 raise Diverged(done.step)
             rate = learning_rate(cfg, done.step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer.step(rate)
             gradients = total = None  # as large as the model, and the next step makes its own
             done.step += 1
             done.tokens += tokens
@@ -174,16 +171,6 @@ def at_once(stepwise: Callable[P, Generator[object, None, T]]) -> Callable[P, T]
 
 
 train = at_once(stepwise)
-
-
-def _optimizer(weights: Sequence[nn.Parameter], cfg: Training) -> torch.optim.Optimizer:
-    if cfg.optimizer == "adamw":
-        kinds = [[w for w in weights if isinstance(w, DTensor) == divided] for divided in (False, True)]
-        groups = [{"params": kind} for kind in kinds if kind]  # a fused update takes one kind at a time
-        return torch.optim.AdamW(groups, cfg.learning_rate, cfg.betas, weight_decay=cfg.weight_decay, fused=True)
-    from bitsandbytes.optim.adamw import AdamW8bit  # a stage's `check` has asked whether it is there
-
-    return AdamW8bit(weights, cfg.learning_rate, cfg.betas, weight_decay=cfg.weight_decay)
 
 
 @dataclass
@@ -239,12 +226,12 @@ class _Progress:
 def _state(
     model: nn.Module,
     weights: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     rng: torch.Generator | None,
 ) -> dict[str, Tensor]:
     state = {f"model.{name}": shard.whole(weight.detach()) for name, weight in model.named_parameters()}
     for index, weight in enumerate(weights):
-        for key, value in optimizer.state.get(weight, {}).items():
+        for key, value in optimizer.state_of(weight).items():
             if not isinstance(value, Tensor):
                 value = torch.tensor(value)  # a count of steps
             elif key.startswith("qmap"):
@@ -257,7 +244,7 @@ def _resume(
     recorder: Recorder,
     model: nn.Module,
     weights: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     rng: torch.Generator | None,
 ) -> _Progress:
     saved = recorder.load_checkpoint()
@@ -272,10 +259,10 @@ def _resume(
             _, index, name = key.split(".")
             weight = weights[int(index)]
             if value.dtype == torch.int64:
-                optimizer.state[weight][name] = value.item()
+                optimizer.state_of(weight)[name] = value.item()
             else:
                 same = value.shape == weight.shape  # a count of steps is not divided
-                optimizer.state[weight][name] = shard.like(value, weight) if same else value.to(weight.device)
+                optimizer.state_of(weight)[name] = shard.like(value, weight) if same else value.to(weight.device)
     if rng is not None:
         rng.set_state(tensors["rng"])
     return _Progress(**{**progress, "evaluation": numbers(progress["evaluation"])})
