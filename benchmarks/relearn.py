@@ -87,7 +87,7 @@ def ours(folder: Path, case: str, side: Side, settings: dict[str, Any], args: ar
     run.remove()
     run.claim(config)
     run.open(config)
-    run_relearn.relearn(config, run)
+    list(run_relearn.relearn(config, run))
     return run.evaluations()[0]["forget"]
 
 
