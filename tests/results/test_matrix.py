@@ -150,6 +150,37 @@ def test_models_are_compared_on_the_same_problems(tmp_path):
     assert found.paired("undo_0.8", "unlearned") is None  # of other problems
 
 
+def test_seeds_are_no_further_problems(tmp_path):
+    """Three seeds that answer alike are as sure as one of them."""
+    made, rng = World(tmp_path), np.random.default_rng(3)
+    a, b = ((rng.random(200) < share).astype(float).tolist() for share in (0.7, 0.4))
+    for seed in range(3):
+        for name, items in (("a", a), ("b", b)):
+            made.run(f"pretrain/{name}-{seed}", name, seed=seed, forget=0.9)
+            attacked(made, f"pretrain/{name}-{seed}", "INT4", float(np.mean(items)), seed=seed, items=items)
+    found = matrix(made.results())
+    assert found is not None
+    weights = [1.0] * 200
+    alone = intervals.difference({"scored": a, "weights": weights}, {"scored": b, "weights": weights})
+    assert found.paired("a", "b") == pytest.approx(alone)
+
+
+def test_a_model_of_the_series_that_was_not_attacked_moves_no_other(tmp_path):
+    """What is elicited is compared with the same model before: here nothing comes back, though what is left differs."""
+    made = World(tmp_path)
+    made.run("unlearn/maxent-0", "unlearned", forget=0.1, curve={0: 0.9, 100: 0.1}, **TEACHER)
+    for alpha, left in ((0.2, 0.0), (0.5, 0.3), (0.8, 0.2)):
+        noise = {"alpha": alpha, "beta": 0.1}
+        made.run(f"undo/{alpha}-0", f"undo_{alpha}", forget=left, teacher="unlearn/maxent-0", noise=noise)
+    for model, forget in (("unlearn/maxent-0", 0.1), ("undo/0.5-0", 0.3), ("undo/0.8-0", 0.2)):
+        attacked(made, model, "INT4", forget)
+    attacked(made, "undo/0.2-0", "INT8", 0.0)
+    found = matrix(made.results())
+    assert found is not None
+    assert len(found.series) == 4
+    assert found.in_order("INT4") is None
+
+
 def test_an_interval_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(1)
     covered = 0

@@ -23,8 +23,8 @@ def attacks(results: Results) -> str | None:
             markdown(("model", "worst attack", "of those that keep retain", "paired with unlearned"), _worst(found)),
             f"Worst attack: forget / retain. Keep retain: at least {KEPT:.0%} of the attacked model's. Paired with "
             "unlearned: what the worst attack elicits from the model, less what it elicits from the model that UNDO "
-            "starts from, on the same problems; 95 % by bootstrap over problems of all seeds"
-            f"{'' if len(seeds) > 1 else ' (1 seed: training anew is not in it)'}. broken: below "
+            "starts from, on the same problems; 95 % by bootstrap over problems, of which each has its mean over "
+            f"{len(seeds)} seed{'s' * (len(seeds) > 1)}; training anew is not in it. broken: below "
             f"{RECOVERED:.0%} of its teacher's retain performance before any attack.\n",
         ]
     )

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import pairwise
 from math import isfinite
+from statistics import fmean
 from typing import Any, Final
 
 from undo.results.arms import Distilled, Undo, Unlearned
@@ -152,16 +153,12 @@ class Matrix:
 
         Nothing: not from any of them more than a twentieth of what unlearning took from the reference.
         """
-        found = [self.elicited(label, attack) for label in self.series]
-        values = [pair[0] for pair in found if pair is not None]
+        found = {label: pair[0] for label in self.series if (pair := self.elicited(label, attack)) is not None}
+        values = list(found.values())
         if len(values) < 3:
             return None
         sign = 1 if self.higher_is_better else -1
-        gains = [
-            sign * (value - start)
-            for value, label in zip(values, self.series, strict=False)
-            if (start := self._before(label)) is not None
-        ]
+        gains = [sign * (value - start) for label, value in found.items() if (start := self._before(label)) is not None]
         taken = self._taken
         if taken is not None and max(gains, default=0.0) <= taken / 20:
             return None
@@ -182,15 +179,19 @@ class Matrix:
     def paired(self, model: str, other: str) -> Interval | None:
         """How much less the worst adversary of all elicits from a model than that of another, on the same problems.
 
-        Mean over the seeds that both have, the items of all seeds resampled together; None without items.
+        Mean over the seeds that both have. A problem is resampled with all its seeds: they are no further problems.
+        None without items, or where seeds or models were asked other problems.
         """
         mine, theirs = self._items(model), self._items(other)
         seeds = sorted(mine.keys() & theirs.keys())
+        weights = [items[seed]["weights"] for items in (mine, theirs) for seed in seeds]
+        if not seeds or any(other != weights[0] for other in weights):
+            return None
         a, b = (
-            {key: list(chain.from_iterable(items[seed][key] for seed in seeds)) for key in ("scored", "weights")}
+            {"scored": list(map(fmean, zip(*(items[seed]["scored"] for seed in seeds), strict=True)))}
             for items in (mine, theirs)
         )
-        return difference(a, b) if seeds else None
+        return difference(a | {"weights": weights[0]}, b | {"weights": weights[0]})
 
     def _items(self, model: str) -> dict[int, dict[str, list[float]]]:
         worst = self.worst(model)
